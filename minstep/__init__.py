@@ -1,0 +1,34 @@
+"""Step 3.5 Flash in plain NumPy: every layer is a pure function that reads like its maths.
+
+Reading order: config, linear, norm, rope, cache, attention, mlp, moe, model, mtp, sampling,
+generate, weights, checkpoint, tokenizer; then lab, which looks at the model from outside.
+
+>>> import numpy as np, minstep
+>>> config = minstep.load_config(minstep.find_config("tiny"))
+>>> weights = minstep.random_weights(config, np.random.default_rng(0))
+>>> hidden = minstep.decoder([5, 17, 9], weights, config)
+>>> hidden.shape, minstep.head(hidden, weights, config).shape
+((3, 64), (3, 320))
+"""
+
+from minstep.checkpoint import open_checkpoint
+from minstep.config import load_config
+from minstep.configs import find_config
+from minstep.files import InputError
+from minstep.generate import generate
+from minstep.model import decoder, head
+from minstep.mtp import mtp_forward
+from minstep.weights import random_weights
+
+__all__ = [
+    "InputError",
+    "decoder",
+    "find_config",
+    "generate",
+    "head",
+    "load_config",
+    "mtp_forward",
+    "open_checkpoint",
+    "random_weights",
+]
+__version__ = "0.1.0"

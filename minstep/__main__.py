@@ -1,0 +1,7 @@
+"""`python -m minstep` is the command line."""
+
+import sys
+
+from minstep.cli import main
+
+sys.exit(main())

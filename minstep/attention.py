@@ -1,0 +1,95 @@
+"""Grouped-query attention with QK-norm, rotation, a sliding window and a gate per head."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from minstep.activations import sigmoid, softmax
+from minstep.cache import FullCache, Past
+from minstep.config import LayerSpec
+from minstep.linear import Weight, linear
+from minstep.norm import rms_norm
+from minstep.rope import Rotation, rotate
+from minstep.tap import Array, Tap, silent
+
+
+class AttentionWeights(NamedTuple):
+    """Tensors under `model.layers.N.self_attn.`, each with `.weight` at the end."""
+
+    q_proj: Weight  # [H*K, D]
+    k_proj: Weight  # [G*K, D]
+    v_proj: Weight  # [G*K, D]
+    o_proj: Weight  # [D, H*K]
+    q_norm: Weight  # [K]
+    k_norm: Weight  # [K]
+    g_proj: Weight | None  # [H, D]; None where use_head_wise_attn_gate is false
+
+
+def self_attention(
+    x: Array,
+    weights: AttentionWeights,
+    spec: LayerSpec,
+    table: Rotation,
+    eps: float,
+    cache: FullCache | None = None,
+    tap: Tap = silent,
+) -> Array:
+    """Attend from each token to itself and the visible positions before it.
+
+    x [T, D], already normed; table: the angles of its T positions. With a cache, x continues it
+    and is added to it; without one, x is the whole sequence. Returns [T, D] in x's dtype.
+    Source: Step3p5Attention in modeling_step3p5.py; report section 2 and appendix A.
+    Differs: sliding layers have more query heads than full ones (96 and 64). QK-norm comes before
+        the rotation. The gate is a sigmoid of the layer's normed input, one number per head, and
+        scales the head's output before o_proj, not after it.
+    Checked by: tests/test_attention.py
+    """
+    T, H, G, K = len(x), spec.heads, spec.groups, spec.head_dim
+    q = tap("q_proj", linear(x, weights.q_proj)).reshape(T, H, K)  # [T, H, K]
+    k = tap("k_proj", linear(x, weights.k_proj)).reshape(T, G, K)  # [T, G, K]
+    v = tap("v_proj", linear(x, weights.v_proj)).reshape(T, G, K)  # [T, G, K]
+    q = tap("q_norm", rms_norm(q, weights.q_norm, eps))
+    k = tap("k_norm", rms_norm(k, weights.k_norm, eps))
+    q = tap("q_rope", rotate(q, table))
+    k = tap("k_rope", rotate(k, table))
+    past = whole(k, v) if cache is None else cache.append(k, v)
+    first = 0 if cache is None else cache.end - T
+    mask = visible(first, T, past, spec.window)  # [T, S]
+    heads = attend(q, past, mask, tap)
+    if weights.g_proj is not None:
+        gate = sigmoid(tap("g_proj", linear(x, weights.g_proj)))  # [T, H]
+        heads = heads * gate[:, :, None]
+    return tap("o_proj", linear(heads.reshape(T, H * K), weights.o_proj))  # [T, D]
+
+
+def whole(k: Array, v: Array) -> Past:
+    """Keys and values [T, G, K] of a sequence from position 0, as attention reads them."""
+    return Past(k.swapaxes(0, 1), v.swapaxes(0, 1), 0)  # [G, T, K]
+
+
+def visible(first: int, count: int, past: Past, window: int | None) -> Array:
+    """Which keys each of the queries at first, first + 1, ... may see: [T, S] bool.
+
+    A window of W is the query itself and the W - 1 positions before it.
+    """
+    query = np.arange(first, first + count)[:, None]  # [T, 1]
+    key = np.arange(past.start, past.start + past.keys.shape[1])  # [S]
+    mask = key <= query  # [T, S]
+    return mask if window is None else mask & (query - key < window)
+
+
+def attend(q: Array, past: Past, mask: Array, tap: Tap = silent) -> Array:
+    """Softmax attention of grouped heads, scaled by K ** -0.5.
+
+    q [T, H, K]; past keys and values [G, S, K]; mask [T, S] bool, each row with a True. Query
+    heads g*R .. g*R + R - 1 read key-value head g, which is never repeated. Returns [T, H, K].
+    """
+    T, H, K = q.shape
+    G, S, _ = past.keys.shape
+    R = H // G
+    grouped = q.reshape(T, G, R, K).transpose(1, 2, 0, 3).reshape(G, R * T, K)  # [G, R*T, K]
+    scores = grouped @ past.keys.swapaxes(1, 2) * K**-0.5  # [G, R*T, S]
+    scores = np.where(mask, scores.reshape(G, R, T, S), -np.inf)  # [G, R, T, S]
+    probs = tap("probs", softmax(scores).reshape(H, T, S))  # [H, T, S]
+    mixed = probs.reshape(G, R * T, S) @ past.values  # [G, R*T, K]
+    return mixed.reshape(H, T, K).swapaxes(0, 1)  # [T, H, K]

@@ -1,0 +1,246 @@
+"""The command line: arguments in, one function per command, results on stdout; no maths."""
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from minstep.checkpoint import open_checkpoint
+from minstep.config import Config, load_config, parse_config
+from minstep.configs import find_config
+from minstep.files import InputError
+from minstep.generate import check_prompt, generate
+from minstep.keys import read_json
+from minstep.lab.inspect import inspect, table
+from minstep.lab.trace import record, save_trace
+from minstep.model import ModelWeights
+from minstep.tokenizer import StreamingText, load_tokenizer
+from minstep.weights import random_weights, save_random
+
+NOISE = "minstep: no --model: tiny random weights; the text is noise because it is untrained"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Refuse wrong use in one line; argparse alone would print the whole usage."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command: 0 fine, 2 wrong use or bad input, 130 after Ctrl-C."""
+    warnings.showwarning = lambda message, *_: print(f"minstep: {message}", file=sys.stderr)
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except InputError as error:
+        print(f"minstep: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has gone; nothing more can be said, and Python's own flush would fail too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> None:
+    weights, config, tokenizer = _model(args.model)
+    prompt = _prompt(args, tokenizer)
+    check_prompt(prompt, config)
+    stream = StreamingText(tokenizer) if tokenizer else None
+    rng = np.random.default_rng(args.seed)
+    tokens: list[int] = []
+    started = first = time.perf_counter()
+    for token in generate(
+        prompt,
+        weights,
+        config,
+        rng,
+        max_tokens=args.max_tokens,
+        temperature=args.temp,
+        dtype=np.dtype(args.dtype),
+        chunk=args.prefill_chunk,
+        ignore_eos=args.ignore_eos,
+    ):
+        first = first if tokens else time.perf_counter()
+        tokens.append(token)
+        if not args.json:
+            shown = stream.add(token) if stream else f"{',' if len(tokens) > 1 else ''}{token}"
+            print(shown, end="", flush=True)
+    stats = _stats(prompt, tokens, config, args, first - started, time.perf_counter() - first)
+    if args.json:
+        text = tokenizer.decode(tokens, skip_special_tokens=True) if tokenizer else ""
+        result = {"prompt_tokens": prompt, "tokens": tokens, "text": text, "stats": stats}
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        print()
+        print(
+            f"prompt {len(prompt)} tokens in {stats['prompt_seconds']} s, "
+            f"{len(tokens)} new at {stats['generation_tps']} tokens/s, stop: {stats['stop']}",
+            file=sys.stderr,
+        )
+
+
+def _stats(
+    prompt: list[int],
+    tokens: list[int],
+    config: Config,
+    args: argparse.Namespace,
+    prompt_seconds: float,
+    seconds: float,
+) -> dict[str, Any]:
+    """Counts, times and why it stopped; the first new token belongs to the prompt's time."""
+    stop = "context" if len(prompt) + len(tokens) >= config.max_positions else "length"
+    if tokens and tokens[-1] in config.eos_token_ids and not args.ignore_eos:
+        stop = "eos"
+    elif len(tokens) == args.max_tokens:
+        stop = "length"
+    return {
+        "prompt_seconds": round(prompt_seconds, 4),
+        "prompt_tps": round(len(prompt) / prompt_seconds, 1) if prompt_seconds else 0.0,
+        "generation_seconds": round(seconds, 4),
+        "generation_tps": round(max(0, len(tokens) - 1) / seconds, 1) if seconds else 0.0,
+        "stop": stop,
+        "dtype": args.dtype,
+        "temperature": args.temp,
+        "seed": args.seed,
+    }
+
+
+def _model(model: Path | None) -> tuple[ModelWeights, Config, Tokenizer | None]:
+    """The checkpoint at `model`, or the shipped tiny configuration with random weights."""
+    if model is not None:
+        checkpoint = open_checkpoint(model)
+        return checkpoint.weights(), checkpoint.config, load_tokenizer(model)
+    print(NOISE, file=sys.stderr)
+    folder = find_config("tiny")
+    config = load_config(folder)
+    return random_weights(config, np.random.default_rng(0)), config, load_tokenizer(folder)
+
+
+def _prompt(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
+    if args.tokens is not None:
+        return list(args.tokens)
+    if tokenizer is None:
+        raise InputError(
+            f"{args.model / 'tokenizer.json'}: is missing; give the prompt as --tokens"
+        )
+    return list(tokenizer.encode(args.prompt).ids)
+
+
+def _trace(args: argparse.Namespace) -> None:
+    weights, config, _ = _model(args.model)
+    save_trace(record(args.tokens, weights, config, np.dtype(args.dtype)), args.tokens, args.out)
+
+
+def _make_tiny(args: argparse.Namespace) -> None:
+    source = find_config(args.config)
+    file = source / "config.json" if source.is_dir() else source
+    raw = read_json(file)
+    tokenizer = file.parent / "tokenizer.json"
+    save_random(
+        raw,
+        parse_config(raw, str(file)),
+        np.random.default_rng(args.seed),
+        args.out,
+        args.dtype,
+        args.shards,
+        tokenizer if tokenizer.exists() else None,
+    )
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    report = inspect(find_config(args.model))
+    print(json.dumps(report) if args.json else table(report))
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text.strip() else []
+    except ValueError:
+        message = f"{text!r} is not a list of token ids, expected such as 5,17,9"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if not text.strip().isdecimal() or int(text) < minimum:
+            message = f"{text!r}: expected a whole number of at least {minimum}"
+            raise argparse.ArgumentTypeError(message)
+        return int(text)
+
+    return whole_number
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least 0")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="minstep", description="Step 3.5 Flash in plain NumPy.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None], text: str, example: str
+    ) -> Any:
+        added = commands.add_parser(
+            name, help=text, description=text, epilog=f"example: minstep {name} {example}"
+        )
+        added.set_defaults(run=run)
+        return added
+
+    floats = {"choices": ("float32", "float64"), "default": "float32"}
+
+    add = command("generate", _generate, "continue a prompt", '--prompt "Once" --max-tokens 20')
+    add.add_argument("--model", type=Path, metavar="DIR", help="checkpoint in hub layout")
+    prompt = add.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt as text")
+    prompt.add_argument("--tokens", type=_token_ids, metavar="IDS", help="the prompt as 5,17,9")
+    add.add_argument("--max-tokens", type=_at_least(0), default=100, metavar="N")
+    add.add_argument("--temp", type=_temperature, default=0.0, metavar="T", help="0 is greedy")
+    add.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of the sampling")
+    add.add_argument("--dtype", **floats, help="of every activation")
+    add.add_argument(
+        "--prefill-chunk", type=_at_least(1), metavar="N", help="tokens at a time; default: all"
+    )
+    add.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
+    add.add_argument("--json", action="store_true", help="print one JSON object")
+
+    add = command(
+        "trace",
+        _trace,
+        "write every named tensor of a forward pass",
+        "--model DIR --tokens 5,17,9 --out trace.safetensors",
+    )
+    add.add_argument("--model", type=Path, required=True, metavar="DIR")
+    add.add_argument("--tokens", type=_token_ids, required=True, metavar="IDS")
+    add.add_argument("--dtype", **floats)
+    add.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+
+    add = command("make-tiny", _make_tiny, "write a random checkpoint", "tiny --out DIR --seed 1")
+    add.add_argument("config", metavar="CONFIG_NAME_OR_DIR")
+    add.add_argument("--out", type=Path, required=True, metavar="DIR")
+    add.add_argument("--seed", type=_at_least(0), default=0, metavar="N")
+    add.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add.add_argument("--shards", type=_at_least(1), default=1, metavar="N")
+
+    add = command("inspect", _inspect, "show layers, shapes, bytes, parameters", "step-3.5-flash")
+    add.add_argument("model", metavar="DIR", help="checkpoint, config.json, or a shipped name")
+    add.add_argument("--json", action="store_true")
+    return parser

@@ -1,0 +1,27 @@
+"""The configurations shipped with minstep, found in a wheel and in a checkout alike."""
+
+from pathlib import Path
+
+from minstep.files import InputError
+
+
+def shipped_folder() -> Path:
+    """Where tiny_configs lies: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "tiny_configs"
+    return installed if installed.is_dir() else package.parent / "tiny_configs"
+
+
+def find_config(name: str) -> Path:
+    """The folder of a shipped configuration, or a path to a folder or config.json as it stands.
+
+    Raises InputError that lists the shipped names when it is neither.
+    """
+    path = Path(name)
+    shipped = shipped_folder()
+    if path.exists():
+        return path
+    if name and Path(name).name == name and (shipped / name / "config.json").is_file():
+        return shipped / name
+    names = ", ".join(sorted(folder.parent.name for folder in shipped.glob("*/config.json")))
+    raise InputError(f"{name}: no such file or folder, nor a shipped configuration ({names})")

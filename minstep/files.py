@@ -1,0 +1,83 @@
+"""Where the maths meets the machine: one kind of error, and output that is whole or absent."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# Everything make-tiny writes: a folder holding nothing else may be replaced by a new checkpoint.
+OUR_FILES = ("config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json")
+
+
+class InputError(ValueError):
+    """Something handed to minstep is wrong: the message names it and says what was expected.
+
+    Raised for a path, file, tensor, config key or token id. The command line prints the message
+    as one line on stderr and exits with 2.
+    """
+
+
+def os_reason(error: OSError) -> str:
+    """The short text of an operating system error, such as `Permission denied`."""
+    return error.strerror or str(error)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`, and rename it to `path` when the block ends well.
+
+    Any exception, Ctrl-C included, removes the temporary file and leaves `path` as it was.
+    Raises InputError when the file cannot be written.
+    """
+    temporary: Path | None = None
+    try:
+        if path.is_dir():
+            raise InputError(f"{path}: cannot be written: it is a directory")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {os_reason(error)}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path`, and rename it to `path` when the block ends well.
+
+    A folder that is already at `path` is replaced only if it is empty or holds nothing but a
+    checkpoint. Raises InputError when it holds anything else or cannot be written.
+    """
+    temporary: Path | None = None
+    try:
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path}: cannot be written: it is a file, expected a new folder")
+        for entry in path.iterdir() if path.exists() else ():
+            if not any(entry.match(pattern) for pattern in OUR_FILES):
+                raise InputError(f"{path}: holds {entry.name}, expected a new or empty folder")
+        temporary = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix=f".{path.name}."))
+        new = temporary / "new"
+        new.mkdir()
+        yield new
+        if path.exists():
+            path.rename(temporary / "old")
+        new.rename(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {os_reason(error)}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    """Read the process's umask, which POSIX only lets one read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

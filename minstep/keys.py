@@ -1,0 +1,93 @@
+"""Checked reading of a JSON object: every refusal is one line that names the file and the key."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from minstep.files import InputError, os_reason
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`. Raises InputError for a missing, broken or non-object file."""
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {os_reason(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{file}: holds a {type(raw).__name__}, expected a JSON object")
+    return raw
+
+
+class Keys:
+    """A JSON object with its place, read key by key; each method may raise InputError."""
+
+    def __init__(self, raw: dict[str, Any], source: str) -> None:
+        self.raw = raw
+        self.source = source
+
+    def require(self, key: str, holds: bool, expected: str, value: Any = ...) -> None:
+        """Refuse `key` unless `holds`, saying its value and what was expected."""
+        if not holds:
+            if value is ...:
+                value = self.raw.get(key, ...)
+            found = "is missing" if value is ... else f"is {_short(value)}"
+            raise InputError(f"{self.source}: {key} {found}, {expected}")
+
+    def get(self, key: str) -> Any:
+        """The value of a key that must be there."""
+        self.require(key, key in self.raw, "expected a value")
+        return self.raw[key]
+
+    def inner(self, key: str) -> "Keys":
+        """The object under `key`, whose refusals name `key` too."""
+        self.require(key, isinstance(self.get(key), dict), "expected an object")
+        return Keys(self.raw[key], f"{self.source}: {key}")
+
+    def integer(self, key: str, minimum: int = 1) -> int:
+        """An integer of at least `minimum`."""
+        value = self.get(key)
+        good = type(value) is int and value >= minimum
+        self.require(key, good, f"expected an integer of at least {minimum}")
+        return int(value)
+
+    def number(self, key: str) -> float:
+        """A finite number above 0."""
+        return self.positive(key, self.get(key))
+
+    def positive(self, key: str, value: Any) -> float:
+        """`value`, found at `key`, as a finite number above 0."""
+        good = type(value) in (int, float) and math.isfinite(value) and value > 0
+        self.require(key, good, "expected a number above 0", value)
+        return float(value)
+
+    def boolean(self, key: str) -> bool:
+        """True or false."""
+        value = self.get(key)
+        self.require(key, isinstance(value, bool), "expected true or false")
+        return bool(value)
+
+    def limit(self, key: str, value: Any) -> float | None:
+        """A clamp found at `key`: 0 and null mean none."""
+        return None if value is None or value == 0 else self.positive(key, value)
+
+    def per_layer(self, key: str, count: int, layout: str) -> list[Any]:
+        """A list with one entry per layer; a scalar stands for the same entry everywhere.
+
+        `layout` says in words what `count` is made of.
+        """
+        value = self.get(key)
+        if not isinstance(value, list):
+            self.require(key, not isinstance(value, (str, dict)), f"expected a list of {layout}")
+            return [value] * count
+        if len(value) != count:
+            raise InputError(f"{self.source}: {key} has {len(value)} entries, expected {layout}")
+        return value
+
+
+def _short(value: Any) -> str:
+    """The value as JSON, cut to stay on one line."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,1 @@
+"""Looks at the model from outside; the model never imports it."""

@@ -1,0 +1,72 @@
+"""Record what every named point of a forward pass computed, and write it to a safetensors file."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import DTypeLike
+from safetensors.numpy import save_file
+
+from minstep.config import Config
+from minstep.files import atomic_file
+from minstep.generate import check_prompt
+from minstep.model import ModelWeights, decoder, head
+from minstep.mtp import mtp_forward
+from minstep.tap import Array, Tap
+
+Trace = dict[str, Array]
+
+
+class Recorder(Tap):
+    """Keeps a copy of every tensor whose full name `wants` accepts, in the order they come."""
+
+    active = True
+
+    def __init__(
+        self, tensors: Trace, wants: Callable[[str], bool] = lambda name: True, scope: str = ""
+    ) -> None:
+        self.tensors = tensors
+        self._wants = wants
+        self._scope = scope
+
+    def __call__(self, name: str, x: Array) -> Array:
+        full = f"{self._scope}.{name}" if self._scope else name
+        if self._wants(full):
+            self.tensors[full] = np.array(x)
+        return x
+
+    def at(self, scope: str) -> Tap:
+        inner = f"{self._scope}.{scope}" if self._scope else scope
+        return Recorder(self.tensors, self._wants, inner)
+
+
+def record(
+    tokens: Sequence[int], weights: ModelWeights, config: Config, dtype: DTypeLike = np.float32
+) -> Trace:
+    """Run the main model over the sequence, then each MTP depth with the true next tokens.
+
+    Returns every named tensor: names are the checkpoint's module paths. Attention probabilities
+    [H, T, S] are kept for the first layer of each kind and the last, since they grow with T * T.
+    Raises InputError for a bad prompt.
+    """
+    check_prompt(tokens, config)
+    kinds = [spec.kind for spec in config.layers]
+    shown = {kinds.index(kind) for kind in kinds} | {len(kinds) - 1}
+    probs = {f"{config.layers[n].name}.self_attn.probs" for n in shown}
+    trace: Trace = {}
+    tap = Recorder(trace, lambda name: not name.endswith(".probs") or name in probs)
+    hidden = decoder(tokens, weights, config, dtype, tap=tap)
+    head(hidden, weights, config, tap)
+    mtp_forward(tokens, hidden, weights, config, tap)
+    return trace
+
+
+def save_trace(trace: Trace, tokens: Sequence[int], path: Path) -> None:
+    """Write the trace; the file's metadata holds the tokens as JSON and the order of the names.
+
+    Raises InputError when `path` cannot be written. The file appears whole or not at all.
+    """
+    metadata = {"format": "minstep-trace", "tokens": json.dumps(list(tokens))}
+    with atomic_file(path) as temporary:
+        save_file(trace, temporary, metadata | {"order": json.dumps(list(trace))})

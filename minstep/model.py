@@ -1,0 +1,131 @@
+"""The model: a block, the decoder that stacks blocks, and the head that turns states to logits."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from minstep.attention import AttentionWeights, self_attention
+from minstep.cache import FullCache
+from minstep.config import Config, LayerSpec, RopeSpec
+from minstep.files import InputError
+from minstep.linear import Weight, as_float, linear
+from minstep.mlp import MLPWeights, swiglu
+from minstep.moe import MoEWeights, moe
+from minstep.norm import rms_norm
+from minstep.rope import Rotation, rotation
+from minstep.tap import Array, Tap, silent
+
+
+class BlockWeights(NamedTuple):
+    """Tensors under `model.layers.N.`: either `mlp`, or `moe` and `share_expert`."""
+
+    input_layernorm: Weight  # [D]
+    self_attn: AttentionWeights
+    post_attention_layernorm: Weight  # [D]
+    mlp: MLPWeights | None
+    moe: MoEWeights | None
+    share_expert: MLPWeights | None
+
+
+class MTPWeights(NamedTuple):
+    """Tensors of one multi-token-prediction layer: a block, what feeds it, and its own head."""
+
+    enorm: Weight  # [D]
+    hnorm: Weight  # [D]
+    eh_proj: Weight  # [D, 2D]
+    block: BlockWeights
+    shared_head_norm: Weight  # [D], transformer.shared_head.norm
+    shared_head_output: Weight  # [V, D], transformer.shared_head.output
+
+
+class ModelWeights(NamedTuple):
+    """Every tensor of a checkpoint in the place where it is used."""
+
+    embed_tokens: Weight  # [V, D]
+    layers: tuple[BlockWeights, ...]
+    norm: Weight  # [D]
+    lm_head: Weight  # [V, D]
+    mtp: tuple[MTPWeights, ...]
+
+
+def embed(tokens: Sequence[int], embed_tokens: Weight, dtype: DTypeLike) -> Array:
+    """Rows of the embedding table: T token ids -> [T, D] in `dtype`. Nothing is scaled.
+
+    Raises InputError for an id that is not in the vocabulary.
+    """
+    ids = np.asarray(tokens, dtype=np.intp)  # [T]
+    V = embed_tokens.shape[0]
+    if ids.size and not 0 <= ids.min() <= ids.max() < V:
+        bad = ids[(ids < 0) | (ids >= V)][0]  # NumPy would take a negative id from the end
+        raise InputError(f"token id {bad} is out of range, expected 0 to {V - 1}")
+    return as_float(embed_tokens[ids], dtype)  # [T, D]
+
+
+def block(
+    x: Array,
+    weights: BlockWeights,
+    spec: LayerSpec,
+    table: Rotation,
+    eps: float,
+    cache: FullCache | None = None,
+    tap: Tap = silent,
+) -> Array:
+    """One pre-norm layer: x + attention(norm x), then + MLP(norm x) or experts + shared expert.
+
+    x [T, D]. Returns [T, D] in x's dtype.
+    Source: Step3p5DecoderLayer in modeling_step3p5.py.
+    Differs: routed experts and the shared expert read the same normed input, and the scaling factor
+        is in the routed weights only.
+    Checked by: tests/test_golden.py
+    """
+    normed = tap("input_layernorm", rms_norm(x, weights.input_layernorm, eps))
+    x = x + self_attention(normed, weights.self_attn, spec, table, eps, cache, tap.at("self_attn"))
+    normed = tap("post_attention_layernorm", rms_norm(x, weights.post_attention_layernorm, eps))
+    if weights.mlp is not None:
+        return x + tap("mlp", swiglu(normed, weights.mlp, spec.swiglu_limit_shared))
+    assert weights.moe and spec.moe and weights.share_expert
+    routed = tap("moe", moe(normed, weights.moe, spec.moe, spec.swiglu_limit, tap.at("moe")))
+    shared = swiglu(normed, weights.share_expert, spec.swiglu_limit_shared)
+    return x + (routed + tap("share_expert", shared))
+
+
+def decoder(
+    tokens: Sequence[int],
+    weights: ModelWeights,
+    config: Config,
+    dtype: DTypeLike = np.float32,
+    caches: Sequence[FullCache] | None = None,
+    tap: Tap = silent,
+) -> Array:
+    """Embed the tokens and run every main layer: the states before the final norm.
+
+    `tokens`: T ids. With caches, one per layer, the tokens continue what the caches hold; without,
+    they are the whole sequence. Returns [T, D] in `dtype`, which every activation has.
+    Source: Step3p5Model.forward in modeling_step3p5.py.
+    Checked by: tests/test_golden.py
+    """
+    first = caches[0].end if caches else 0
+    tables = rotations(config.layers, first, len(tokens), dtype)
+    x = tap("model.embed_tokens", embed(tokens, weights.embed_tokens, dtype))  # [T, D]
+    for n, (layer, spec) in enumerate(zip(weights.layers, config.layers, strict=True)):
+        cache = caches[n] if caches else None
+        table = tables[spec.rope]
+        x = block(x, layer, spec, table, config.rms_norm_eps, cache, tap.at(spec.name))
+        x = tap(spec.name, x)
+    return x
+
+
+def head(x: Array, weights: ModelWeights, config: Config, tap: Tap = silent) -> Array:
+    """Final norm and output projection: states [T, D] -> logits [T, V]."""
+    normed = tap("model.norm", rms_norm(x, weights.norm, config.rms_norm_eps))
+    return tap("lm_head", linear(normed, weights.lm_head))  # [T, V]
+
+
+def rotations(
+    specs: Sequence[LayerSpec], first: int, count: int, dtype: DTypeLike
+) -> dict[RopeSpec, Rotation]:
+    """The angle tables of positions first, ..., first + count - 1, one per kind of rotation."""
+    positions = np.arange(first, first + count)  # [T]
+    return {rope: rotation(positions, rope, dtype) for rope in {spec.rope for spec in specs}}

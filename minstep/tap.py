@@ -1,0 +1,28 @@
+"""The tap: a named hook at the interesting points of the forward pass.
+
+A component calls `x = tap("name", x)`. The silent tap hands x back. A recording tap keeps it, a
+comparing tap checks it, a patching tap returns another array: one mechanism for all three.
+"""
+
+from typing import Any
+
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+class Tap:
+    """The silent tap, and the base of every other one."""
+
+    active = False  # whether tensors made only to be looked at are worth computing
+
+    def __call__(self, name: str, x: Array) -> Array:
+        """See `x`, of any shape and dtype, under `name`; what is returned goes on from here."""
+        return x
+
+    def at(self, scope: str) -> "Tap":
+        """The tap for the module `scope` inside this one; names join with a dot."""
+        return self
+
+
+silent = Tap()
