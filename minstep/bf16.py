@@ -11,7 +11,7 @@ class BF16Array:
 
     `bits` is uint16 of any shape, often a view into a memory map. np.asarray(a, dtype=np.float32)
     converts exactly; so does float64.
-    Checked by: tests/test_bf16.py
+    Checked by: tests/test_linear.py
     """
 
     def __init__(self, bits: NDArray[np.uint16]) -> None:

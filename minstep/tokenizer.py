@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 
 from minstep.files import InputError
+
+# Special tokens stand at both ends of the real vocabulary, with ordinary ones between.
+FRONT = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>")
+BACK = ("<|im_start|>", "<|im_end|>")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
@@ -20,6 +24,21 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises nothing more precise
         raise InputError(f"{file}: is not a tokenizer: {error}") from error
+
+
+def byte_level_tokenizer() -> Tokenizer:
+    """The tokenizer of the untrained tiny model: one token per byte, and the special tokens.
+
+    A byte-level BPE as the real one is, but without merges: 3 + 256 + 2 ids. Any text can be
+    encoded and comes back as it was.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: n for n, token in enumerate([*FRONT, *alphabet, *BACK])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in (*FRONT, *BACK)])
+    return tokenizer
 
 
 class StreamingText:

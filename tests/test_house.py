@@ -1,0 +1,63 @@
+"""House rules that a program can check: imports run one way, files are small, links lead on."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parent.parent
+PACKAGE = TOP / "minstep"
+# The floor: an import may only reach a file further up this list. Lab comes after the model.
+ORDER = (
+    "files keys config configs tap linear activations norm rope bf16 cache attention mlp moe model "
+    "mtp sampling generate weights checkpoint tokenizer "
+    "lab.inspect lab.trace lab.figures cli __main__"
+).split()
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_imports_only_reach_back(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minstep."):
+            imported = (node.module or "").removeprefix("minstep.")
+            assert ORDER.index(imported) < ORDER.index(module(path)), imported
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_a_file_has_at_most_250_lines_and_documents_what_is_public(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 250
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree)
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), node.name
+
+
+def test_run_time_packages_are_numpy_safetensors_and_tokenizers() -> None:
+    project = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
+    names = [re.split(r"[<>=]", package)[0] for package in project["dependencies"]]
+    assert names == ["numpy", "safetensors", "tokenizers"]
+
+
+@pytest.mark.parametrize("path", [TOP / "README.md", *sorted((TOP / "docs").rglob("*.md"))])
+def test_links_in_the_prose_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        assert "://" in target or (path.parent / target).exists(), target
+
+
+def test_every_checked_by_line_names_a_test_that_exists() -> None:
+    for path in FILES:
+        for name in re.findall(r"tests/\w+\.py", path.read_text()):
+            assert (TOP / name).exists(), f"{path.name} names {name}"
+
+
+def test_the_golden_data_stays_under_twelve_megabytes() -> None:
+    data = [path for path in (TOP / "tests" / "golden").rglob("*") if path.is_file()]
+    assert data and sum(path.stat().st_size for path in data) < 12_000_000

@@ -1,0 +1,105 @@
+"""Router and experts: who is chosen, with what weight, and what is read."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minstep.activations import sigmoid
+from minstep.config import MoESpec
+from minstep.mlp import MLPWeights, swiglu
+from minstep.moe import Choice, MoEWeights, experts, moe, route
+from minstep.tap import Array
+
+T, D, E, A, F = 11, 8, 7, 3, 5
+SPEC = MoESpec(E, A, F, 4, scaling_factor=2.5, has_bias=True)
+
+
+def drawn(dtype: str = "float64") -> tuple[Array, MoEWeights]:
+    rng = np.random.default_rng(0)
+    shapes = [(E, D), (E,), (E, F, D), (E, F, D), (E, D, F)]
+    weights = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+    return rng.standard_normal((T, D)).astype(dtype), MoEWeights(*weights)
+
+
+def test_router_weights_sum_to_the_scaling_factor() -> None:
+    x, weights = drawn()
+    choice = route(x, weights, SPEC)
+    np.testing.assert_allclose(choice.weights.sum(axis=-1), 2.5, rtol=1e-14)
+    assert (choice.weights > 0).all()
+
+
+def test_the_bias_chooses_and_never_weighs() -> None:
+    x, weights = drawn()
+    scores = sigmoid(x @ weights.gate.T)
+    choice = route(x, weights, SPEC)
+    for t in range(T):
+        best = np.argsort(scores[t] + weights.router_bias)[-A:]
+        assert choice.ids[t].tolist() == sorted(best.tolist())
+        chosen = scores[t, choice.ids[t]]
+        np.testing.assert_allclose(choice.weights[t], 2.5 * chosen / chosen.sum(), rtol=1e-14)
+    assert not np.array_equal(route(x, weights._replace(router_bias=None), SPEC).ids, choice.ids)
+
+
+def test_a_tie_goes_to_the_lower_ids() -> None:
+    x, weights = drawn()
+    equal = weights._replace(gate=np.zeros((E, D)), router_bias=np.zeros(E))
+    assert route(x, equal, SPEC).ids.tolist() == [[0, 1, 2]] * T
+
+
+def test_every_expert_may_be_active() -> None:
+    x, weights = drawn()
+    choice = route(x, weights, SPEC._replace(top_k=E))
+    assert choice.ids.tolist() == [list(range(E))] * T
+
+
+def test_experts_are_the_weighted_sum_of_their_outputs() -> None:
+    x, weights = drawn()
+    choice = route(x, weights, SPEC)
+    expected = np.zeros_like(x)
+    for t in range(T):
+        for expert, weight in zip(choice.ids[t], choice.weights[t], strict=True):
+            own = MLPWeights(*(w[expert] for w in weights[2:]))
+            expected[t] += weight * swiglu(x[t : t + 1], own, 0.7)[0]
+    np.testing.assert_allclose(experts(x, weights, choice, 0.7), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_permuting_the_experts_changes_nothing() -> None:
+    x, weights = drawn()
+    order = np.random.default_rng(1).permutation(E)
+    permuted = MoEWeights(*(w[order] for w in weights))
+    expected = moe(x, weights, SPEC, 0.7)
+    np.testing.assert_allclose(moe(x, permuted, SPEC, 0.7), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_a_token_does_not_depend_on_its_neighbours() -> None:
+    x, weights = drawn()
+    expected = moe(x, weights, SPEC, None)
+    alone = np.concatenate([moe(x[t : t + 1], weights, SPEC, None) for t in range(T)])
+    np.testing.assert_allclose(alone, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_an_expert_that_nobody_chose_is_never_read() -> None:
+    class Stack:
+        """Experts that may be indexed one at a time, and remember which were."""
+
+        def __init__(self, stored: Array) -> None:
+            self.stored, self.shape, self.read = stored, stored.shape, list[int]()
+
+        def __getitem__(self, expert: Any) -> Array:
+            self.read.append(int(expert))
+            return self.stored[expert]
+
+    x, weights = drawn()
+    stacks = [Stack(w) for w in weights[2:]]
+    choice = Choice(np.array([[1, 4]] * T), np.ones((T, 2)))
+    experts(x, MoEWeights(weights.gate, None, *stacks), choice, None)  # type: ignore[arg-type]
+    assert [stack.read for stack in stacks] == [[1, 4]] * 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_dtype_stays(dtype: str) -> None:
+    x, weights = drawn("float32")
+    choice = route(x.astype(dtype), weights, SPEC)
+    assert choice.weights.dtype == dtype
+    assert moe(x.astype(dtype), weights, SPEC, 0.7).dtype == dtype
