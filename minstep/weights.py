@@ -1,14 +1,14 @@
 """Which hub tensor is which argument: the one table of names and shapes, and random weights."""
 
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import serialize_file
 
 from minstep.attention import AttentionWeights
 from minstep.bf16 import BF16Array, to_bf16
@@ -21,6 +21,7 @@ from minstep.moe import MoEWeights
 
 Shape = tuple[int, ...]
 Get = Callable[[str, Shape], Weight]  # a tensor's hub name and the shape it must have
+Drawn = Iterator[tuple[str, NDArray[np.float32]]]
 
 
 def assemble(config: Config, get: Get, own_mtp_heads: bool = True) -> ModelWeights:
@@ -110,9 +111,7 @@ def tensor_shapes(config: Config, own_mtp_heads: bool = True) -> dict[str, Shape
     return shapes
 
 
-def random_tensors(
-    config: Config, rng: np.random.Generator
-) -> Iterator[tuple[str, NDArray[np.float32]]]:
+def random_tensors(config: Config, rng: np.random.Generator) -> Drawn:
     """Draw every tensor in order, float32 rounded to bfloat16: both kinds of file hold the same.
 
     Projections have variance 1 / inputs, which keeps activations near unit size; norms scatter
@@ -144,7 +143,7 @@ def save_random(
 ) -> None:
     """Write a random checkpoint in hub layout: config.json, safetensors, an index when sharded.
 
-    `dtype`: float32 or bfloat16. Memory is that of one shard. The folder appears whole or not at
+    `dtype`: float32 or bfloat16. Memory is that of one tensor. The folder appears whole or not at
     all. Raises InputError when `out` cannot be written or there are more shards than tensors.
     """
     shapes = tensor_shapes(config)
@@ -159,8 +158,9 @@ def save_random(
         for n, (start, end) in enumerate(zip([0, *ends], ends, strict=False), start=1):
             tag = f"-{n:05}-of-{shards:05}" if shards > 1 else ""
             file = f"model{tag}.safetensors"
-            total += _write_shard(folder / file, (next(drawn) for _ in range(start, end)), dtype)
-            weight_map |= dict.fromkeys(names[start:end], file)
+            held = {name: shapes[name] for name in names[start:end]}
+            total += _write_shard(folder / file, held, dtype, drawn)
+            weight_map |= dict.fromkeys(held, file)
         if shards > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             _write_json(folder / "model.safetensors.index.json", index)
@@ -180,15 +180,29 @@ def _shard_ends(sizes: list[int], shards: int) -> list[int]:
     return [*ends, len(sizes)]
 
 
-def _write_shard(file: Path, tensors: Iterable[tuple[str, NDArray[np.float32]]], dtype: str) -> int:
-    """Write one safetensors file; returns the bytes of its tensors. router_bias stays float32."""
-    entries: dict[str, Any] = {}
-    for name, x in tensors:
-        stored = "float32" if name.endswith("router_bias") else dtype
-        raw = (to_bf16(x) if stored == "bfloat16" else x).tobytes()
-        entries[name] = {"dtype": stored, "shape": list(x.shape), "data": raw}
-    serialize_file(entries, str(file), {"format": "pt"})
-    return sum(len(entry["data"]) for entry in entries.values())
+def _write_shard(file: Path, shapes: dict[str, Shape], dtype: str, drawn: Drawn) -> int:
+    """Write one safetensors file, a tensor at a time; returns the bytes of its tensors.
+
+    The package's own writer wants a whole shard in memory. Wider dtypes lie first, as it puts them,
+    so that every tensor is aligned. router_bias stays float32.
+    """
+    wide = {name: dtype == "float32" or name.endswith("router_bias") for name in shapes}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    reached = 0
+    for name in sorted(shapes, key=lambda name: not wide[name]):
+        end = reached + math.prod(shapes[name]) * (4 if wide[name] else 2)
+        code = "F32" if wide[name] else "BF16"
+        span = [reached, end]
+        header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": span}
+        reached = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for name, x in itertools.islice(drawn, len(shapes)):
+            opened.seek(8 + len(text) + header[name]["data_offsets"][0])
+            opened.write((x if wide[name] else to_bf16(x)).tobytes())
+    return reached
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
