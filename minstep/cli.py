@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from minstep.checkpoint import open_checkpoint
 from minstep.config import Config, load_config, parse_config
 from minstep.configs import find_config
-from minstep.files import InputError
+from minstep.files import InputError, atomic_file
 from minstep.generate import check_prompt, generate
 from minstep.keys import read_json
 from minstep.lab.inspect import inspect, table
@@ -140,7 +140,9 @@ def _prompt(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
 
 def _trace(args: argparse.Namespace) -> None:
     weights, config, _ = _model(args.model)
-    save_trace(record(args.tokens, weights, config, np.dtype(args.dtype)), args.tokens, args.out)
+    with atomic_file(args.out) as temporary:  # first, so that a bad path is refused before the work
+        trace = record(args.tokens, weights, config, np.dtype(args.dtype))
+        save_trace(trace, args.tokens, temporary)
 
 
 def _make_tiny(args: argparse.Namespace) -> None:
@@ -216,9 +218,8 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--temp", type=_temperature, default=0.0, metavar="T", help="0 is greedy")
     add.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of the sampling")
     add.add_argument("--dtype", **floats, help="of every activation")
-    add.add_argument(
-        "--prefill-chunk", type=_at_least(1), metavar="N", help="tokens at a time; default: all"
-    )
+    chunk = "prompt tokens at a time (512): bounds the memory of attention scores"
+    add.add_argument("--prefill-chunk", type=_at_least(1), default=512, metavar="N", help=chunk)
     add.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
     add.add_argument("--json", action="store_true", help="print one JSON object")
 

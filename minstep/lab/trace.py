@@ -9,7 +9,6 @@ from numpy.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from minstep.config import Config
-from minstep.files import atomic_file
 from minstep.generate import check_prompt
 from minstep.model import ModelWeights, decoder, head
 from minstep.mtp import mtp_forward
@@ -63,10 +62,9 @@ def record(
 
 
 def save_trace(trace: Trace, tokens: Sequence[int], path: Path) -> None:
-    """Write the trace; the file's metadata holds the tokens as JSON and the order of the names.
+    """Write the trace to `path`; the metadata holds the tokens and the names' order as JSON.
 
-    Raises InputError when `path` cannot be written. The file appears whole or not at all.
+    safetensors sorts tensors by dtype and name, so the order of computation is kept beside them.
     """
     metadata = {"format": "minstep-trace", "tokens": json.dumps(list(tokens))}
-    with atomic_file(path) as temporary:
-        save_file(trace, temporary, metadata | {"order": json.dumps(list(trace))})
+    save_file(trace, path, metadata | {"order": json.dumps(list(trace))})
