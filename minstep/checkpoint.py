@@ -87,9 +87,10 @@ class Checkpoint(NamedTuple):
         """
         heads = [f"{s.name}.transformer.shared_head.output.weight" for s in self.config.mtp_layers]
         own = not heads or any(name in self.tensors for name in heads)
+        weights = assemble(self.config, self.get, own)
         if not own:
             warnings.warn("no MTP layer has shared_head.output: lm_head is used", stacklevel=2)
-        return assemble(self.config, self.get, own)
+        return weights
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -125,7 +126,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: weight_map is missing, expected tensor names and their files")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or shard != Path(shard).name:
+        if not isinstance(shard, str) or shard in ("", "..") or shard != Path(shard).name:
             message = f"is {shard!r}, expected the name of a file beside the index"
             raise InputError(f"{index}: weight_map: {name} {message}")
     return weight_map
@@ -137,16 +138,16 @@ def read_header(file: Path) -> dict[str, Tensor]:
         size = file.stat().st_size
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER):
-                message = f"header length {length} does not fit a file of {size} bytes"
-                raise InputError(f"{file}: {message}, expected a whole safetensors file")
-            header = json.loads(opened.read(length), object_pairs_hook=_unique)
+            text = opened.read(min(length, MAX_HEADER))
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {os_reason(error)}") from error
-    except InputError:
-        raise
+    if size < 8 or length > min(size - 8, MAX_HEADER):
+        message = f"header length {length} does not fit a file of {size} bytes"
+        raise InputError(f"{file}: {message}, expected a whole safetensors file")
+    try:
+        header = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: header is not valid JSON: {error}") from error
+        raise InputError(f"{file}: header is malformed: {error}") from error
     if not isinstance(header, dict):
         raise InputError(f"{file}: header is not a JSON object, expected tensor names and places")
     header.pop("__metadata__", None)
@@ -172,17 +173,18 @@ def _span(file: Path, name: str, entry: Any) -> tuple[int, int]:
     """A tensor's [begin, end) after its entry was checked: dtype known, shape and offsets agree."""
     where = f"{file}: tensor {name}"
     if not isinstance(entry, dict):
-        raise InputError(f"{where} is described by {entry!r}, expected an object")
+        raise InputError(f"{where} is described by {entry!r:.80}, expected an object")
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in BYTES:
-        raise InputError(f"{where} has dtype {dtype!r}, expected one of {', '.join(BYTES)}")
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise InputError(f"{where} has shape {shape!r}, expected a list of sizes")
+        raise InputError(f"{where} has dtype {dtype!r:.80}, expected one of {', '.join(BYTES)}")
+    few = isinstance(shape, list) and len(shape) <= 8
+    if not few or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
+        raise InputError(f"{where} has shape {shape!r:.80}, expected a list of at most 8 sizes")
     pair = isinstance(offsets, list) and len(offsets) == 2
     if not pair or not all(type(n) is int and n >= 0 for n in offsets):
-        raise InputError(f"{where} has data_offsets {offsets!r}, expected [begin, end]")
+        raise InputError(f"{where} has data_offsets {offsets!r:.80}, expected [begin, end]")
     expected = math.prod(shape) * BYTES[dtype]
     if offsets[1] - offsets[0] != expected:
         message = f"expected {expected} bytes for {dtype} {shape}"
@@ -195,7 +197,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) != len(pairs):
         names = [name for name, _ in pairs]
-        raise InputError(f"name {next(n for n in names if names.count(n) > 1)} stands twice")
+        raise ValueError(f"name {next(n for n in names if names.count(n) > 1)} stands twice")
     return unique
 
 

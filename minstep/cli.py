@@ -1,8 +1,9 @@
 """The command line: arguments in, one function per command, results on stdout; no maths."""
 
 import argparse
+import io
 import json
-import os
+import math
 import sys
 import time
 import warnings
@@ -16,14 +17,14 @@ from tokenizers import Tokenizer
 from minstep.checkpoint import open_checkpoint
 from minstep.config import Config, load_config, parse_config
 from minstep.configs import find_config
-from minstep.files import InputError, atomic_file
+from minstep.files import InputError, abandon_stdout, atomic_file, check_space
 from minstep.generate import check_prompt, generate
 from minstep.keys import read_json
 from minstep.lab.inspect import inspect, table
 from minstep.lab.trace import record, save_trace
 from minstep.model import ModelWeights
-from minstep.tokenizer import StreamingText, load_tokenizer
-from minstep.weights import random_weights, save_random
+from minstep.tokenizer import StreamingText, encode, load_tokenizer
+from minstep.weights import random_weights, save_random, tensor_shapes
 
 NOISE = "minstep: no --model: tiny random weights; the text is noise because it is untrained"
 
@@ -31,32 +32,35 @@ NOISE = "minstep: no --model: tiny random weights; the text is noise because it 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Refuse wrong use in one line; argparse alone would print the whole usage."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command: 0 fine, 2 wrong use or bad input, 130 after Ctrl-C."""
     warnings.showwarning = lambda message, *_: print(f"minstep: {message}", file=sys.stderr)
     args = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # its encoding may lack a character
     try:
         args.run(args)
         sys.stdout.flush()
-    except InputError as error:
-        print(f"minstep: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader has gone; nothing more can be said, and Python's own flush would fail too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has gone; nothing more can be said
+        abandon_stdout()
         return 141
+    except (InputError, OSError, MemoryError) as error:
+        print("minstep:", *(str(error) or "out of memory").split(), file=sys.stderr)
+        abandon_stdout()
+        return 2
     return 0
 
 
 def _generate(args: argparse.Namespace) -> None:
-    weights, config, tokenizer = _model(args.model)
+    load, config, tokenizer = _open(args.model)
     prompt = _prompt(args, tokenizer)
     check_prompt(prompt, config)
+    weights = load()
     stream = StreamingText(tokenizer) if tokenizer else None
     rng = np.random.default_rng(args.seed)
     tokens: list[int] = []
@@ -100,11 +104,9 @@ def _stats(
     seconds: float,
 ) -> dict[str, Any]:
     """Counts, times and why it stopped; the first new token belongs to the prompt's time."""
-    stop = "context" if len(prompt) + len(tokens) >= config.max_positions else "length"
+    stop = "length" if len(tokens) == args.max_tokens else "context"
     if tokens and tokens[-1] in config.eos_token_ids and not args.ignore_eos:
         stop = "eos"
-    elif len(tokens) == args.max_tokens:
-        stop = "length"
     return {
         "prompt_seconds": round(prompt_seconds, 4),
         "prompt_tps": round(len(prompt) / prompt_seconds, 1) if prompt_seconds else 0.0,
@@ -117,31 +119,38 @@ def _stats(
     }
 
 
-def _model(model: Path | None) -> tuple[ModelWeights, Config, Tokenizer | None]:
-    """The checkpoint at `model`, or the shipped tiny configuration with random weights."""
+def _open(model: Path | None) -> tuple[Callable[[], ModelWeights], Config, Tokenizer | None]:
+    """The checkpoint at `model`, or the shipped tiny configuration with random weights.
+
+    The weights are a call away, so that what it warns of comes after every refusal.
+    """
     if model is not None:
         checkpoint = open_checkpoint(model)
-        return checkpoint.weights(), checkpoint.config, load_tokenizer(model)
-    print(NOISE, file=sys.stderr)
+        return checkpoint.weights, checkpoint.config, load_tokenizer(model)
     folder = find_config("tiny")
     config = load_config(folder)
-    return random_weights(config, np.random.default_rng(0)), config, load_tokenizer(folder)
+
+    def draw() -> ModelWeights:
+        print(NOISE, file=sys.stderr)
+        return random_weights(config, np.random.default_rng(0))
+
+    return draw, config, load_tokenizer(folder)
 
 
 def _prompt(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
     if args.tokens is not None:
         return list(args.tokens)
     if tokenizer is None:
-        raise InputError(
-            f"{args.model / 'tokenizer.json'}: is missing; give the prompt as --tokens"
-        )
-    return list(tokenizer.encode(args.prompt).ids)
+        file = args.model / "tokenizer.json"
+        raise InputError(f"{file}: is missing; give the prompt as --tokens")
+    return encode(tokenizer, args.prompt)
 
 
 def _trace(args: argparse.Namespace) -> None:
-    weights, config, _ = _model(args.model)
+    load, config, _ = _open(args.model)
+    check_prompt(args.tokens, config)
     with atomic_file(args.out) as temporary:  # first, so that a bad path is refused before the work
-        trace = record(args.tokens, weights, config, np.dtype(args.dtype))
+        trace = record(args.tokens, load(), config, np.dtype(args.dtype))
         save_trace(trace, args.tokens, temporary)
 
 
@@ -150,15 +159,12 @@ def _make_tiny(args: argparse.Namespace) -> None:
     file = source / "config.json" if source.is_dir() else source
     raw = read_json(file)
     tokenizer = file.parent / "tokenizer.json"
-    save_random(
-        raw,
-        parse_config(raw, str(file)),
-        np.random.default_rng(args.seed),
-        args.out,
-        args.dtype,
-        args.shards,
-        tokenizer if tokenizer.exists() else None,
-    )
+    config = parse_config(raw, str(file))
+    count = sum(map(math.prod, tensor_shapes(config).values()))
+    check_space(args.out, count * (4 if args.dtype == "float32" else 2))
+    beside = tokenizer if tokenizer.exists() else None
+    rng = np.random.default_rng(args.seed)
+    save_random(raw, config, rng, args.out, args.dtype, args.shards, beside)
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -198,12 +204,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="minstep", description="Step 3.5 Flash in plain NumPy.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(
-        name: str, run: Callable[[argparse.Namespace], None], text: str, example: str
-    ) -> Any:
-        added = commands.add_parser(
-            name, help=text, description=text, epilog=f"example: minstep {name} {example}"
-        )
+    def command(name: str, run: Callable[..., None], text: str, example: str) -> Any:
+        epilog = f"example: minstep {name} {example}"
+        added = commands.add_parser(name, help=text, description=text, epilog=epilog)
         added.set_defaults(run=run)
         return added
 

@@ -14,7 +14,6 @@ Checked by: tests/test_config.py
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minstep.files import InputError
 from minstep.keys import Keys, read_json
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -204,7 +203,7 @@ def _scaling(keys: Keys) -> tuple[Llama3Scaling | None, tuple[str, ...]]:
     kinds = keys.raw.get("yarn_only_types", [FULL, SLIDING])
     known = isinstance(kinds, list) and all(kind in (FULL, SLIDING) for kind in kinds)
     keys.require("yarn_only_types", known, f"expected a list of {FULL} or {SLIDING}")
-    if keys.raw.get("rope_scaling") is None:
+    if keys.get("rope_scaling") is None:
         return None, ()
     inner = keys.inner("rope_scaling")
     key = "rope_type" if "rope_type" in inner.raw else "type"
@@ -223,14 +222,12 @@ def _moe(keys: Keys, main: int) -> tuple[frozenset[int], MoESpec | None]:
     if not keys.boolean("use_moe"):
         return frozenset(), None
     listed = keys.get("moe_layers_enum")
-    try:
-        entries = [i for i in listed.split(",") if i.strip()] if isinstance(listed, str) else listed
-        indices = frozenset(int(i) for i in entries)
-    except (TypeError, ValueError) as error:
-        message = "expected comma-joined layer numbers"
-        raise InputError(f"{keys.source}: moe_layers_enum is {listed!r}, {message}") from error
-    message = f"expected layer numbers from 0 to {main - 1}"
-    keys.require("moe_layers_enum", all(0 <= i < main for i in indices), message)
+    if isinstance(listed, str):
+        parts = [part.strip() for part in listed.split(",") if part.strip()]
+        listed = [int(part) if part.isdecimal() and len(part) < 10 else part for part in parts]
+    known = isinstance(listed, list) and all(type(i) is int and 0 <= i < main for i in listed)
+    message = f"expected comma-joined layer numbers from 0 to {main - 1}"
+    keys.require("moe_layers_enum", known, message)
     keys.require(
         "moe_router_activation",
         keys.get("moe_router_activation") == "sigmoid",
@@ -238,7 +235,7 @@ def _moe(keys: Keys, main: int) -> tuple[frozenset[int], MoESpec | None]:
     )
     experts, top_k = keys.integer("moe_num_experts"), keys.integer("moe_top_k")
     keys.require("moe_top_k", top_k <= experts, f"expected at most moe_num_experts' {experts}")
-    return indices, MoESpec(
+    return frozenset(listed), MoESpec(
         experts=experts,
         top_k=top_k,
         width=keys.integer("moe_intermediate_size"),

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         if path.is_dir():
             raise InputError(f"{path}: cannot be written: it is a directory")
+        if path.exists() and not path.is_file():  # the rename would replace even /dev/null
+            raise InputError(f"{path}: cannot be written: it is a device, expected a file")
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         temporary = Path(name)
@@ -60,7 +63,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if path.exists() and not path.is_dir():
             raise InputError(f"{path}: cannot be written: it is a file, expected a new folder")
         for entry in path.iterdir() if path.exists() else ():
-            if not any(entry.match(pattern) for pattern in OUR_FILES):
+            ours = any(entry.match(pattern) for pattern in OUR_FILES)
+            if not (ours and entry.is_file()):
                 raise InputError(f"{path}: holds {entry.name}, expected a new or empty folder")
         temporary = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix=f".{path.name}."))
         new = temporary / "new"
@@ -68,12 +72,35 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield new
         if path.exists():
             path.rename(temporary / "old")
-        new.rename(path)
+        try:
+            new.rename(path)
+        except BaseException:  # the old folder lies where it would be removed: put it back
+            if (temporary / "old").exists():
+                (temporary / "old").rename(path)
+            raise
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {os_reason(error)}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raise InputError when a folder at `path` would need more bytes than its disk has free."""
+    try:
+        free = shutil.disk_usage(path.absolute().parent).free
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {os_reason(error)}") from error
+    if needed > free:
+        raise InputError(f"{path}: needs {needed} bytes, but only {free} are free there")
+
+
+def abandon_stdout() -> None:
+    """Where stdout cannot be written, lead it to nowhere: Python's own flush would fail too."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _umask() -> int:

@@ -1,7 +1,7 @@
 """Checked reading of a JSON object: every refusal is one line that names the file and the key."""
 
 import json
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. Raises InputError for a missing, broken or non-object file."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(raw, ensure_ascii=False).encode()  # refuses half a character, such as \ud800
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {os_reason(error)}") from error
     except (ValueError, RecursionError) as error:
@@ -19,6 +20,9 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise InputError(f"{file}: holds a {type(raw).__name__}, expected a JSON object")
     return raw
+
+
+MAX_INTEGER = 2**31 - 1  # far above any size of a model, far below what overflows
 
 
 class Keys:
@@ -51,6 +55,7 @@ class Keys:
         value = self.get(key)
         good = type(value) is int and value >= minimum
         self.require(key, good, f"expected an integer of at least {minimum}")
+        self.require(key, value <= MAX_INTEGER, f"expected at most {MAX_INTEGER}")
         return int(value)
 
     def number(self, key: str) -> float:
@@ -59,7 +64,7 @@ class Keys:
 
     def positive(self, key: str, value: Any) -> float:
         """`value`, found at `key`, as a finite number above 0."""
-        good = type(value) in (int, float) and math.isfinite(value) and value > 0
+        good = type(value) in (int, float) and 0 < value <= sys.float_info.max
         self.require(key, good, "expected a number above 0", value)
         return float(value)
 
@@ -71,7 +76,8 @@ class Keys:
 
     def limit(self, key: str, value: Any) -> float | None:
         """A clamp found at `key`: 0 and null mean none."""
-        return None if value is None or value == 0 else self.positive(key, value)
+        none = value is None or (value == 0 and not isinstance(value, bool))
+        return None if none else self.positive(key, value)
 
     def per_layer(self, key: str, count: int, layout: str) -> list[Any]:
         """A list with one entry per layer; a scalar stands for the same entry everywhere.

@@ -41,6 +41,14 @@ def byte_level_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The token ids of `text`. Raises InputError for what the tokenizer cannot take."""
+    try:
+        return list(tokenizer.encode(text).ids)
+    except Exception as error:  # such as a lone surrogate, from bytes that are no UTF-8
+        raise InputError(f"the prompt {text!r:.80} cannot be encoded: {error}") from error
+
+
 class StreamingText:
     """Turns token ids into text as they come, holding back a character that is not yet whole."""
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import DTypeLike
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from minstep.config import Config
+from minstep.files import InputError
 from minstep.generate import check_prompt
 from minstep.model import ModelWeights, decoder, head
 from minstep.mtp import mtp_forward
@@ -65,6 +67,10 @@ def save_trace(trace: Trace, tokens: Sequence[int], path: Path) -> None:
     """Write the trace to `path`; the metadata holds the tokens and the names' order as JSON.
 
     safetensors sorts tensors by dtype and name, so the order of computation is kept beside them.
+    Raises InputError when it cannot be written.
     """
     metadata = {"format": "minstep-trace", "tokens": json.dumps(list(tokens))}
-    save_file(trace, path, metadata | {"order": json.dumps(list(trace))})
+    try:
+        save_file(trace, path, metadata | {"order": json.dumps(list(trace))})
+    except SafetensorError as error:  # how the package says that the disk is full
+        raise InputError(f"{path}: cannot be written: {error}") from error

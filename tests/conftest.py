@@ -1,0 +1,67 @@
+"""What several tests share: the command line as a function, and a checkpoint to spoil."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from minstep.cli import main
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class Ran(NamedTuple):
+    """What one command left: exit code, standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """`minstep ARGUMENTS` in this process."""
+
+    def runs(*arguments: object) -> Ran:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        return Ran(code, *capsys.readouterr())
+
+    return runs
+
+
+@pytest.fixture
+def refused(run: Run) -> Refused:
+    """Run a command that must be refused: exit code 2, nothing on stdout, one line on stderr."""
+
+    def runs(*arguments: object, naming: tuple[str, ...]) -> str:
+        ran = run(*arguments)
+        assert ran.code == 2, ran
+        assert ran.out == ""
+        assert ran.err.count("\n") == 1 and ran.err.startswith("minstep"), ran.err
+        for word in naming:
+            assert word in ran.err, ran.err
+        return ran.err
+
+    return runs
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    """A copy of a one-file checkpoint."""
+    return shutil.copytree(GOLDEN / "odd" / "fp32", tmp_path / "single")
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A copy of a two-shard bfloat16 checkpoint, one shard's name without "-of-"."""
+    return shutil.copytree(GOLDEN / "odd" / "bf16", tmp_path / "sharded")

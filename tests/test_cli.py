@@ -1,0 +1,447 @@
+"""The command line: what each command prints and writes, and how it refuses in one line."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+import minstep.cli
+import minstep.weights
+from minstep import find_config, load_config
+from minstep.lab import trace as lab_trace
+from minstep.weights import tensor_shapes
+from tests.conftest import GOLDEN, Refused, Run
+
+MODEL = GOLDEN / "odd" / "fp32"
+META = json.loads((GOLDEN / "odd" / "meta.json").read_text())
+PROMPT = ",".join(map(str, META["prompt"]))
+NOTHING: list[str] = []
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, run: Run) -> Path:
+    """A fresh tiny checkpoint with its tokenizer."""
+    assert run("make-tiny", "tiny", "--out", tmp_path / "tiny").code == 0
+    return tmp_path / "tiny"
+
+
+def changed(folder: Path, **keys: Any) -> Path:
+    """Change keys of the config.json in `folder`."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+    return folder
+
+
+# What is right
+
+
+def test_generate_prints_one_json_object(run: Run) -> None:
+    ran = run("generate", "--model", MODEL, "--tokens", PROMPT, "--max-tokens", 24, "--json")
+    assert (ran.code, ran.err) == (0, "")
+    result = json.loads(ran.out)
+    assert list(result) == ["prompt_tokens", "tokens", "text", "stats"]
+    assert result["prompt_tokens"] == META["prompt"]
+    assert result["tokens"] == META["greedy"][: len(result["tokens"])]
+    assert result["text"] == "" and result["stats"]["stop"] in ("eos", "length")
+
+
+def test_generate_without_a_tokenizer_prints_token_ids(run: Run) -> None:
+    ran = run("generate", "--model", MODEL, "--tokens", PROMPT, "--max-tokens", 5, "--ignore-eos")
+    assert ran.code == 0
+    assert ran.out == ",".join(map(str, META["greedy"][:5])) + "\n"
+    assert ran.err.startswith("prompt ") and "stop: length" in ran.err
+
+
+def test_generate_without_a_model_says_that_its_text_is_noise(run: Run) -> None:
+    arguments = ("generate", "--prompt", "Once", "--max-tokens", 30, "--temp", 1, "--seed", 4)
+    plain, again, told = run(*arguments), run(*arguments), run(*arguments, "--json")
+    assert plain.code == 0 and plain.err.startswith(minstep.cli.NOISE + "\n")
+    assert plain.out == again.out
+    result = json.loads(told.out)
+    assert bytes(result["text"], "utf-8").decode() + "\n" == plain.out
+    assert len(result["prompt_tokens"]) == 4
+    assert run(*arguments[:-1], 5).out != plain.out
+
+
+def test_generation_stops_at_an_end_token_unless_told_otherwise(single: Path, run: Run) -> None:
+    changed(single, eos_token_id=META["greedy"][2])
+    arguments = ("generate", "--model", single, "--tokens", PROMPT, "--max-tokens", 6, "--json")
+    stopped, went_on = run(*arguments), run(*arguments, "--ignore-eos")
+    assert json.loads(stopped.out)["tokens"] == META["greedy"][:3]
+    assert json.loads(stopped.out)["stats"]["stop"] == "eos"
+    assert json.loads(went_on.out)["tokens"] == META["greedy"][:6]
+    assert json.loads(went_on.out)["stats"]["stop"] == "length"
+
+
+def test_generation_stops_where_the_context_ends(single: Path, run: Run) -> None:
+    changed(single, max_position_embeddings=16, max_seq_len=16)
+    arguments = ("generate", "--model", single, "--json", "--ignore-eos", "--tokens")
+    result = json.loads(run(*arguments, ",".join("4" * 14)).out)
+    assert len(result["tokens"]) == 2 and result["stats"]["stop"] == "context"
+    full = json.loads(run(*arguments, ",".join("4" * 16)).out)
+    assert full["tokens"] == [] and full["stats"]["stop"] == "context"
+
+
+def test_nothing_is_generated_where_nothing_is_wanted(run: Run) -> None:
+    ran = run("generate", "--model", MODEL, "--tokens", "4", "--max-tokens", 0)
+    assert (ran.code, ran.out) == (0, "\n")
+
+
+@pytest.mark.parametrize("name", ["tiny", "odd", "no_extras", "drafts"])
+def test_a_trace_holds_every_golden_name_in_the_order_of_computation(
+    name: str, run: Run, tmp_path: Path
+) -> None:
+    prompt = json.loads((GOLDEN / name / "meta.json").read_text())["prompt"]
+    out = tmp_path / "trace.safetensors"
+    tokens = ",".join(map(str, prompt))
+    ran = run("trace", "--model", GOLDEN / name / "bf16", "--tokens", tokens, "--out", out)
+    assert (ran.code, ran.out, ran.err) == (0, "", "")
+    written = load_file(out)
+    assert set(load_file(GOLDEN / name / "golden_f64.safetensors")) <= set(written)
+    with safe_open(out, "numpy") as opened:
+        metadata = opened.metadata()
+    assert json.loads(metadata["tokens"]) == prompt
+    order = json.loads(metadata["order"])
+    assert sorted(order) == sorted(written) and "embed" in order[0]
+    assert names(tmp_path) == ["trace.safetensors"]
+
+
+def test_make_tiny_takes_a_name_a_folder_or_a_file(tmp_path: Path, run: Run) -> None:
+    config = find_config("odd")
+    for n, source in enumerate(("odd", config, config / "config.json")):
+        assert run("make-tiny", source, "--out", tmp_path / str(n)).code == 0
+    first = {path.name: path.read_bytes() for path in (tmp_path / "0").iterdir()}
+    for other in ("1", "2"):
+        assert {path.name: path.read_bytes() for path in (tmp_path / other).iterdir()} == first
+    ran = run("generate", "--model", tmp_path / "0", "--tokens", "4", "--max-tokens", 1)
+    assert ran.code == 0
+
+
+@pytest.mark.parametrize("command", ["generate", "trace", "make-tiny", "inspect"])
+def test_the_help_of_each_command_has_an_example(command: str, run: Run) -> None:
+    ran = run(command, "--help")
+    assert ran.code == 0 and f"example: minstep {command} " in " ".join(ran.out.split())
+    assert command in run("--help").out
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize("command", ["generate", "trace"])
+@pytest.mark.parametrize(
+    ("tokens", "naming"),
+    [
+        ("", ("empty",)),
+        (" ", ("empty",)),
+        ("4,999999", ("999999", "position 1", "0 to ")),
+        ("4,-3", ("-3", "position 1", "0 to ")),
+        ("-3", ("-3",)),
+        ("9" * 400, ("out of range",)),
+        ("9" * 5000, ("--tokens", "not a list of token ids")),
+        ("4,x", ("--tokens", "'4,x'", "5,17,9")),
+        ("4,,5", ("--tokens", "'4,,5'")),
+        ("4.0", ("--tokens", "'4.0'")),
+        ("4\nx", ("--tokens",)),
+        (",".join("4" * 17), ("17 tokens", "max_position_embeddings", "16")),
+    ],
+)
+def test_wrong_tokens_are_refused(
+    command: str, tokens: str, naming: tuple[str, ...], single: Path, refused: Refused
+) -> None:
+    changed(single, max_position_embeddings=16, max_seq_len=16)
+    out = ("--out", single.parent / "out") if command == "trace" else ()
+    refused(command, "--model", single, "--tokens", tokens, *out, naming=naming)
+    assert names(single.parent) == ["single"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "naming"),
+    [
+        ("", ("prompt is empty",)),
+        ("\udcff", ("prompt", "cannot be encoded")),
+        ("x" * 4097, ("4097 tokens", "max_position_embeddings' 4096")),
+    ],
+)
+def test_a_wrong_prompt_is_refused(
+    prompt: str, naming: tuple[str, ...], tiny: Path, refused: Refused
+) -> None:
+    refused("generate", "--prompt", prompt, naming=naming)
+    refused("generate", "--model", tiny, "--prompt", prompt, naming=naming)
+
+
+def test_a_prompt_as_text_needs_a_tokenizer(refused: Refused) -> None:
+    naming = (str(MODEL / "tokenizer.json"), "missing", "--tokens")
+    refused("generate", "--model", MODEL, "--prompt", "Once", naming=naming)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"{}", b"[]", b"\xff\xfe", b'{"model": {"type": "BPE"}}', b"\0" * 9]
+)
+def test_a_malformed_tokenizer_is_refused(content: bytes, tiny: Path, refused: Refused) -> None:
+    (tiny / "tokenizer.json").write_bytes(content)
+    naming = (str(tiny / "tokenizer.json"), "is not a tokenizer")
+    refused("generate", "--model", tiny, "--prompt", "Once", naming=naming)
+
+
+def test_a_tokenizer_of_another_model_is_refused_by_its_token(tiny: Path, refused: Refused) -> None:
+    shutil.copytree(GOLDEN / "odd" / "fp32", tiny, dirs_exist_ok=True)
+    content = json.loads((tiny / "tokenizer.json").read_text())
+    content["model"]["vocab"]["O"] = 5000
+    (tiny / "tokenizer.json").write_text(json.dumps(content))
+    naming = ("token id 5000", "position 0", "expected 0 to")
+    refused("generate", "--model", tiny, "--prompt", "Once", naming=naming)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "naming"),
+    [
+        ((), ("COMMAND",)),
+        (("dance",), ("dance", "generate")),
+        (("generate",), ("--prompt", "--tokens")),
+        (("generate", "--prompt", "a", "--tokens", "4"), ("--tokens", "--prompt")),
+        (("generate", "--tokens", "4", "--temp", "nan"), ("--temp", "nan")),
+        (("generate", "--tokens", "4", "--temp", "-1"), ("--temp", "-1")),
+        (("generate", "--tokens", "4", "--max-tokens", "-1"), ("--max-tokens", "-1")),
+        (("generate", "--tokens", "4", "--max-tokens", "1.5"), ("--max-tokens", "1.5")),
+        (("generate", "--tokens", "4", "--prefill-chunk", "0"), ("--prefill-chunk", "0")),
+        (("generate", "--tokens", "4", "--seed", "x"), ("--seed", "x")),
+        (("generate", "--tokens", "4", "--dtype", "float16"), ("--dtype", "float16", "float64")),
+        (("generate", "--tokens", "4", "a\nb"), ("unrecognized", "a b")),
+        (("trace", "--tokens", "4"), ("--model", "--out")),
+        (("make-tiny", "tiny"), ("--out",)),
+        (("make-tiny", "tiny", "--out", "x", "--shards", "0"), ("--shards", "0")),
+        (("make-tiny", "tiny", "--out", "x", "--dtype", "float64"), ("--dtype", "bfloat16")),
+        (("inspect",), ("DIR",)),
+    ],
+)
+def test_wrong_use_is_refused_in_one_line(
+    arguments: tuple[str, ...], naming: tuple[str, ...], refused: Refused
+) -> None:
+    assert "--help" in refused(*arguments, naming=naming)
+
+
+@pytest.mark.parametrize("place", ["no/parent", "file/below", "folder"])
+def test_a_trace_that_cannot_be_written_is_refused_before_the_work(
+    place: str, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(minstep.cli, "record", lambda *_: pytest.fail("the work was done"))
+    out = tmp_path / place
+    naming = (str(out), "cannot be written")
+    refused("trace", "--model", MODEL, "--tokens", "4", "--out", out, naming=naming)
+    assert names(tmp_path) == ["file", "folder"] and names(tmp_path / "folder") == NOTHING
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_device_is_never_replaced_by_a_trace(tmp_path: Path, refused: Refused) -> None:
+    out = tmp_path / "pipe"
+    os.mkfifo(out)
+    refused("trace", "--model", MODEL, "--tokens", "4", "--out", out, naming=(str(out), "device"))
+    assert out.is_fifo() and names(tmp_path) == ["pipe"]
+
+
+@pytest.mark.parametrize("place", ["no/parent", "file/below", "file"])
+def test_a_checkpoint_that_cannot_be_written_is_refused(
+    place: str, tmp_path: Path, refused: Refused
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / place
+    refused("make-tiny", "tiny", "--out", out, naming=(str(out), "cannot be written"))
+    assert names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "model.safetensors/"])
+def test_a_folder_with_foreign_files_is_refused_and_left_alone(
+    name: str, tiny: Path, refused: Refused
+) -> None:
+    (tiny / "model.safetensors").unlink()
+    if name.endswith("/"):
+        (tiny / name).mkdir()
+    else:
+        (tiny / name).write_text("mine")
+    before = names(tiny)
+    refused("make-tiny", "odd", "--out", tiny, naming=(str(tiny), name.rstrip("/"), "empty"))
+    assert names(tiny) == before and names(tiny.parent) == ["tiny"]
+
+
+def test_more_shards_than_tensors_are_refused(tmp_path: Path, refused: Refused) -> None:
+    count = len(tensor_shapes(load_config(find_config("tiny"))))
+    naming = ("--shards 9999", f"expected 1 to {count}")
+    refused("make-tiny", "tiny", "--out", tmp_path / "out", "--shards", 9999, naming=naming)
+    assert names(tmp_path) == NOTHING
+
+
+def test_an_unknown_configuration_is_refused(tmp_path: Path, refused: Refused) -> None:
+    naming = ("huge", "tiny", "step-3.5-flash")
+    refused("make-tiny", "huge", "--out", tmp_path / "out", naming=naming)
+    assert names(tmp_path) == NOTHING
+
+
+def test_what_no_disk_can_hold_is_refused_before_the_work(tmp_path: Path, refused: Refused) -> None:
+    shutil.copy(find_config("tiny") / "config.json", tmp_path)
+    changed(tmp_path, hidden_size=2**31 - 1, vocab_size=2**31 - 1)
+    out = tmp_path / "out"
+    refused("make-tiny", tmp_path, "--out", out, naming=(str(out), "bytes", "free"))
+    assert names(tmp_path) == ["config.json"]
+
+
+# What is interrupted
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        (OSError(errno.ENOSPC, "No space left on device"), 2),
+        (MemoryError(), 2),
+    ],
+    ids=["Ctrl-C", "full disk", "memory"],
+)
+@pytest.mark.parametrize("existing", [False, True])
+def test_an_interrupted_checkpoint_leaves_what_was_there(
+    raised: BaseException,
+    code: int,
+    existing: bool,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    if existing:
+        assert run("make-tiny", "odd", "--out", out).code == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    write = minstep.weights._write_shard
+    written: list[Path] = []
+
+    def breaks(file: Path, *arguments: Any) -> int:
+        if written:
+            file.write_bytes(b"half")
+            raise raised
+        written.append(file)
+        return write(file, *arguments)
+
+    monkeypatch.setattr(minstep.weights, "_write_shard", breaks)
+    ran = run("make-tiny", "tiny", "--out", out, "--shards", 3)
+    assert written and ran.code == code and ran.out == ""
+    assert ran.err.count("\n") == (code == 2)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
+    assert names(tmp_path) == (["out"] if existing else NOTHING)
+
+
+def test_ctrl_c_between_the_two_renames_puts_the_old_folder_back(
+    tiny: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in tiny.iterdir()}
+    rename = Path.rename
+
+    def breaks(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", breaks)
+    assert run("make-tiny", "odd", "--out", tiny).code == 130
+    assert {path.name: path.read_bytes() for path in tiny.iterdir()} == before
+    assert names(tiny.parent) == ["tiny"]
+
+
+@pytest.mark.parametrize("function", ["record", "save_trace"])
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [(KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, "No space left on device"), 2)],
+    ids=["Ctrl-C", "full disk"],
+)
+@pytest.mark.parametrize("existing", [False, True])
+def test_an_interrupted_trace_leaves_what_was_there(
+    function: str,
+    raised: BaseException,
+    code: int,
+    existing: bool,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "trace"
+    if existing:
+        out.write_text("mine")
+
+    def breaks(*arguments: Any) -> None:
+        if function == "save_trace":
+            arguments[-1].write_bytes(b"half")
+        raise raised
+
+    monkeypatch.setattr(minstep.cli, function, breaks)
+    ran = run("trace", "--model", MODEL, "--tokens", "4", "--out", out)
+    assert ran.code == code and ran.err.count("\n") == (code == 2)
+    assert names(tmp_path) == (["trace"] if existing else NOTHING)
+    assert not existing or out.read_text() == "mine"
+
+
+def test_the_trace_writer_names_the_file_that_it_cannot_write(tmp_path: Path) -> None:
+    with pytest.raises(minstep.InputError, match="cannot be written"):
+        lab_trace.save_trace({"x": np.zeros(1)}, [4], tmp_path / "no" / "parent")
+
+
+def test_a_refused_run_leaves_an_existing_trace_alone(
+    single: Path, tmp_path: Path, refused: Refused
+) -> None:
+    out = tmp_path / "trace"
+    out.write_text("mine")
+    raw = (single / "model.safetensors").read_bytes()
+    (single / "model.safetensors").write_bytes(raw[:-1])
+    arguments = ("trace", "--model", single, "--tokens", "4", "--out", out)
+    refused(*arguments, naming=("truncated",))
+    assert out.read_text() == "mine" and names(tmp_path) == ["single", "trace"]
+
+
+# As a process of its own
+
+
+def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "minstep", *arguments]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, **options)
+
+
+def test_the_module_runs_as_the_command_does() -> None:
+    ran = process("inspect", "no-such-model", stdout=subprocess.PIPE)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("minstep: no-such-model: ") and ran.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_output_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        ran = process("inspect", "tiny", stdout=full)
+    assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "space" in ran.stderr
+
+
+def test_text_that_the_output_cannot_show_is_replaced() -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    arguments = ("generate", "--prompt", "é", "--max-tokens", "40", "--temp", "2", "--ignore-eos")
+    ran = process(*arguments, env=environment, stdout=subprocess.PIPE)
+    assert ran.returncode == 0 and "?" in ran.stdout
+
+
+def test_a_reader_that_goes_away_ends_the_run_silently() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        ran = process("inspect", "step-3.5-flash", stdout=writing)
+    finally:
+        os.close(writing)
+    assert (ran.returncode, ran.stderr) == (141, "")
