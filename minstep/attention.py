@@ -52,7 +52,7 @@ def self_attention(
     k = tap("k_norm", rms_norm(k, weights.k_norm, eps))
     q = tap("q_rope", rotate(q, table))
     k = tap("k_rope", rotate(k, table))
-    past = whole(k, v) if cache is None else cache.append(k, v)
+    past = whole(k, v) if cache is None else cache.append(k, v)  # [G, S, K]
     first = 0 if cache is None else cache.end - T
     mask = visible(first, T, past, spec.window)  # [T, S]
     heads = attend(q, past, mask, tap)

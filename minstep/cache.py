@@ -35,14 +35,14 @@ class FullCache:
         if used + count > self.keys.shape[1]:
             kept = used if self.keep is None else min(used, self.keep)
             room = kept + max(count, kept if self.keep is None else self.keep)
-            self.keys = _moved(self.keys, used - kept, used, room)
-            self.values = _moved(self.values, used - kept, used, room)
+            self.keys = _moved(self.keys, used - kept, used, room)  # [G, room, K]
+            self.values = _moved(self.values, used - kept, used, room)  # [G, room, K]
             self.start, used = self.end - kept, kept
-        self.keys[:, used : used + count] = k.swapaxes(0, 1)
-        self.values[:, used : used + count] = v.swapaxes(0, 1)
+        self.keys[:, used : used + count] = k.swapaxes(0, 1)  # [G, T, K]
+        self.values[:, used : used + count] = v.swapaxes(0, 1)  # [G, T, K]
         self.end += count
         used += count
-        return Past(self.keys[:, :used], self.values[:, :used], self.start)
+        return Past(self.keys[:, :used], self.values[:, :used], self.start)  # [G, used, K]
 
     def truncate(self, end: int) -> None:
         """Forget positions `end` and later. Raises ValueError when they were already dropped."""
@@ -77,7 +77,7 @@ def new_caches(specs: tuple[LayerSpec, ...], dtype: DTypeLike, slack: int) -> li
 
 
 def _moved(old: Array, first: int, last: int, room: int) -> Array:
-    """Slots first..last of `old` at the front of a new array with `room` slots."""
-    new = np.empty((old.shape[0], room, old.shape[2]), old.dtype)
-    new[:, : last - first] = old[:, first:last]
+    """Slots first..last of `old` [G, capacity, K] at the front of a new array [G, room, K]."""
+    new = np.empty((old.shape[0], room, old.shape[2]), old.dtype)  # [G, room, K]
+    new[:, : last - first] = old[:, first:last]  # [G, last-first, K]
     return new

@@ -44,8 +44,8 @@ def prefill(
     """
     size = chunk or len(tokens)
     for start in range(0, len(tokens), size):
-        x = decoder(tokens[start : start + size], weights, config, dtype, caches)
-    return head(x[-1:], weights, config)[0]
+        x = decoder(tokens[start : start + size], weights, config, dtype, caches)  # [T, D]
+    return head(x[-1:], weights, config)[0]  # [V]
 
 
 def generate(
@@ -69,10 +69,11 @@ def generate(
     count = min(max_tokens, config.max_positions - len(prompt))
     if count < 1:
         return
-    logits = prefill(prompt, weights, config, caches, dtype, chunk)
+    logits = prefill(prompt, weights, config, caches, dtype, chunk)  # [V]
     for n in range(count):
         token = sample(logits, temperature, rng)
         yield token
         if n + 1 == count or (token in config.eos_token_ids and not ignore_eos):
             return
-        logits = head(decoder([token], weights, config, dtype, caches), weights, config)[0]
+        x = decoder([token], weights, config, dtype, caches)  # [1, D]
+        logits = head(x, weights, config)[0]  # [V]

@@ -33,12 +33,13 @@ def linear(x: Array, weight: Weight) -> Array:
     Checked by: tests/test_linear.py
     """
     if isinstance(weight, np.ndarray) and weight.dtype == x.dtype:
-        return x @ weight.T
+        return x @ weight.T  # [..., O]
     outputs, inputs = weight.shape
     rows = max(1, BLOCK // inputs)
-    y = np.empty((*x.shape[:-1], outputs), x.dtype)
+    y = np.empty((*x.shape[:-1], outputs), x.dtype)  # [..., O]
     for start in range(0, outputs, rows):
-        y[..., start : start + rows] = x @ as_float(weight[start : start + rows], x.dtype).T
+        part = as_float(weight[start : start + rows], x.dtype)  # [B, I]
+        y[..., start : start + rows] = x @ part.T  # [..., B]
     return y
 
 

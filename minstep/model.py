@@ -34,7 +34,7 @@ class MTPWeights(NamedTuple):
 
     enorm: Weight  # [D]
     hnorm: Weight  # [D]
-    eh_proj: Weight  # [D, 2D]
+    eh_proj: Weight  # [D, 2*D]
     block: BlockWeights
     shared_head_norm: Weight  # [D], transformer.shared_head.norm
     shared_head_output: Weight  # [V, D], transformer.shared_head.output
@@ -111,7 +111,7 @@ def decoder(
     x = tap("model.embed_tokens", embed(tokens, weights.embed_tokens, dtype))  # [T, D]
     for n, (layer, spec) in enumerate(zip(weights.layers, config.layers, strict=True)):
         cache = caches[n] if caches else None
-        table = tables[spec.rope]
+        table = tables[spec.rope]  # [T, P]
         x = block(x, layer, spec, table, config.rms_norm_eps, cache, tap.at(spec.name))
         x = tap(spec.name, x)
     return x

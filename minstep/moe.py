@@ -48,7 +48,8 @@ def route(x: Array, weights: MoEWeights, spec: MoESpec, tap: Tap = silent) -> Ch
     order = np.argsort(-biased, axis=-1, kind="stable")  # best first
     if tap.active and spec.top_k < spec.experts:
         ranked = np.take_along_axis(biased, order, axis=-1)
-        tap("margin", ranked[:, spec.top_k - 1] - ranked[:, spec.top_k])  # [T]
+        margin = ranked[:, spec.top_k - 1] - ranked[:, spec.top_k]  # [T]
+        tap("margin", margin)
     ids = tap("ids", np.sort(order[:, : spec.top_k], axis=-1))  # [T, A]
     chosen = np.take_along_axis(scores, ids, axis=-1)  # [T, A]
     total = chosen.sum(axis=-1, keepdims=True) + 1e-20  # [T, 1]
@@ -65,14 +66,14 @@ def experts(x: Array, weights: MoEWeights, choice: Choice, limit: float | None) 
     """
     flat = choice.ids.ravel()  # [T*A]
     by_expert = np.argsort(flat, kind="stable")  # [T*A], slots sorted by expert
-    chosen, starts = np.unique(flat[by_expert], return_index=True)
+    chosen, starts = np.unique(flat[by_expert], return_index=True)  # [used], [used]
     out = np.zeros_like(x)
     for expert, slots in zip(chosen, np.split(by_expert, starts[1:]), strict=True):
-        tokens, places = np.divmod(slots, choice.ids.shape[1])
+        tokens, places = np.divmod(slots, choice.ids.shape[1])  # [N], [N]
         its_weights = MLPWeights(
             weights.gate_proj[expert], weights.up_proj[expert], weights.down_proj[expert]
-        )
-        scale = choice.weights[tokens, places][:, None]
+        )  # [F, D], [F, D], [D, F]
+        scale = choice.weights[tokens, places][:, None]  # [N, 1]
         out[tokens] += swiglu(x[tokens], its_weights, limit) * scale
     return out
 

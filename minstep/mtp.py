@@ -57,25 +57,26 @@ def mtp_forward(
     """All depths over a sequence with its true next tokens (teacher forcing).
 
     `tokens`: T ids; hidden [T, D] from decoder(). Depth k runs over positions 0 .. T-1-k; depths
-    that have no position left are skipped. Returns logits [T-k, V] for each depth that ran.
+    that have no position left are skipped. Returns, for each depth k that ran, logits [T-k, V].
     """
     logits = []
-    tables = rotations(config.mtp_layers, 0, len(tokens), hidden.dtype)
+    T = len(tokens)
+    tables = rotations(config.mtp_layers, 0, T, hidden.dtype)
     for k, (layer, spec) in enumerate(zip(weights.mtp, config.mtp_layers, strict=True), start=1):
-        if len(tokens) <= k:
+        if T <= k:
             break
-        cos, sin = tables[spec.rope]
-        table = Rotation(cos[: len(tokens) - k], sin[: len(tokens) - k])
+        cos, sin = tables[spec.rope]  # [T, P]
+        table = Rotation(cos[: T - k], sin[: T - k])  # [T-k, P]
         hidden = mtp_depth(
             tokens[k:],
-            hidden[: len(tokens) - k],
+            hidden[: T - k],
             layer,
             weights.embed_tokens,
             spec,
             table,
             config.rms_norm_eps,
             tap=tap.at(spec.name),
-        )  # [T, D], one position fewer at each depth
+        )  # [T-k, D]
         hidden = tap(spec.name, hidden)
         logits.append(mtp_head(hidden, layer, config.rms_norm_eps, tap.at(spec.name)))
     return logits

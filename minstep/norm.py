@@ -9,11 +9,12 @@ from minstep.tap import Array
 def rms_norm(x: Array, weight: Weight, eps: float) -> Array:
     """Scale each vector to unit root-mean-square, then by 1 + weight.
 
-    x [..., D], float32 or float64; weight [D], stored zero-centred. Returns [..., D] in x's dtype.
+    x [..., N], float32 or float64, N the hidden or the head width; weight [N], stored zero-centred.
+    Returns [..., N] in x's dtype.
     Source: Step3p5RMSNorm in modeling_step3p5.py; "zero-centered RMSNorm", report section 2.
     Differs: Llama multiplies by weight alone. A port that does so here scales every activation by
         about 0 instead of about 1: garbage from layer 0. Adding 1 at load time as well doubles it.
     Checked by: tests/test_norm.py
     """
-    mean_square = np.square(x).mean(axis=-1, keepdims=True)
+    mean_square = np.square(x).mean(axis=-1, keepdims=True)  # [..., 1]
     return x / np.sqrt(mean_square + eps) * (1 + as_float(weight, x.dtype))

@@ -55,7 +55,8 @@ def rotation(positions: Array, spec: RopeSpec, dtype: DTypeLike) -> Rotation:
 def rotate(x: Array, table: Rotation) -> Array:
     """Turn the first 2P dimensions of each head by its position's angles; the rest pass.
 
-    x [T, H, K]; table [T, P]. Returns [T, H, K] in x's dtype. Pair i is dimensions (i, i + P).
+    x [T, N, K], N query or key heads; table [T, P]. Returns [T, N, K] in x's dtype. Pair i is
+    dimensions (i, i + P).
     Source: rotate_half and apply_rotary_pos_emb in modeling_step3p5.py.
     Differs: GPT-J and GGUF's "normal" layout pair (2i, 2i + 1). Weights are stored for halves, so
         interleaving scrambles every head although short texts may still look fluent.
@@ -63,6 +64,6 @@ def rotate(x: Array, table: Rotation) -> Array:
     """
     pairs = table.cos.shape[-1]
     cos, sin = table.cos[:, None, :], table.sin[:, None, :]  # [T, 1, P]
-    first, second = x[..., :pairs], x[..., pairs : 2 * pairs]  # [T, H, P]
+    first, second = x[..., :pairs], x[..., pairs : 2 * pairs]  # [T, N, P]
     turned = (first * cos - second * sin, second * cos + first * sin)
-    return np.concatenate((*turned, x[..., 2 * pairs :]), axis=-1)  # [T, H, K]
+    return np.concatenate((*turned, x[..., 2 * pairs :]), axis=-1)  # [T, N, K]

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from types import FunctionType, ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from safetensors.numpy import load_file
 
 import minstep
 from minstep.lab.trace import record
+from tests.lend import lent
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = sorted(path.parent for path in GOLDEN.glob("*/*/config.json"))
@@ -49,7 +49,7 @@ BUGS = {
     "MTP hidden": [
         Mutation("passed on after the norm", "mtp", "hidden = tap(spec.name, hidden)", "hidden = rms_norm(tap(spec.name, hidden), layer.shared_head_norm, config.rms_norm_eps)"),
         Mutation("taken after the final norm", "mtp", "logits = []", "logits, hidden = [], rms_norm(hidden, weights.norm, config.rms_norm_eps)"),
-        Mutation("h^0 for every depth", "mtp", "hidden[: len(tokens) - k],", "(first := hidden if k == 1 else first)[: len(tokens) - k],", "drafts"),
+        Mutation("h^0 for every depth", "mtp", "hidden[: T - k],", "(first := hidden if k == 1 else first)[: len(tokens) - k],", "drafts"),
     ],
     "norm weight": [
         Mutation("used as w", "norm", "(1 + as_float(weight, x.dtype))", "as_float(weight, x.dtype)", "no_extras"),
@@ -140,32 +140,9 @@ def planted(mutation: Mutation) -> Iterator[None]:
     assert module.__file__
     source = Path(module.__file__).read_text(encoding="utf-8")
     assert source.count(mutation.right) == 1, f"{mutation.bug}: the fragment is no longer unique"
-    wrong = ModuleType("mutant")
-    wrong.__dict__.update(module.__dict__)
-    bugged = source.replace(mutation.right, mutation.wrong)
-    exec(compile(bugged, module.__file__, "exec"), wrong.__dict__)
-    changed = [(f, w, f.__code__) for f, w in pairs(module, wrong) if f.__code__ != w.__code__]
-    assert changed, f"{mutation.bug}: no function changed"
-    try:
-        for real, mutant, _ in changed:
-            real.__code__ = mutant.__code__
+    with lent(module, source.replace(mutation.right, mutation.wrong)) as changed:
+        assert changed, f"{mutation.bug}: no function changed"
         yield
-    finally:
-        for real, _, code in changed:
-            real.__code__ = code
-
-
-def pairs(module: ModuleType, wrong: ModuleType) -> Iterator[tuple[FunctionType, FunctionType]]:
-    """Each function and method that the module defines, with its mutant."""
-    for name, real in vars(module).items():
-        if getattr(real, "__module__", None) != module.__name__:
-            continue
-        if isinstance(real, FunctionType):
-            yield real, vars(wrong)[name]
-        elif isinstance(real, type):
-            for key, method in vars(real).items():
-                if isinstance(method, FunctionType) and method.__module__ == module.__name__:
-                    yield method, vars(vars(wrong)[name])[key]
 
 
 class Departure(NamedTuple):
