@@ -11,7 +11,7 @@ TOP = Path(__file__).parent.parent
 PACKAGE = TOP / "minstep"
 # The floor: an import may only reach a file further up this list. Lab comes after the model.
 ORDER = (
-    "files keys config configs tap linear activations norm rope bf16 cache attention mlp moe model "
+    "files toolcalls reply chat keys config configs tap linear activations norm rope bf16 cache attention mlp moe model "
     "mtp sampling generate weights checkpoint tokenizer "
     "lab.inspect lab.trace lab.figures cli __main__"
 ).split()
