@@ -1,6 +1,6 @@
 """Step 3.5 Flash in plain NumPy: every layer is a pure function that reads like its maths.
 
-Reading order: config, linear, norm, rope, cache, attention, mlp, moe, model, mtp, sampling,
+Reading order: config, linear, norm, rope, cache, attention, mlp, moe, model, sampling, mtp,
 generate, weights, checkpoint, tokenizer; then lab, which looks at the model from outside.
 
 >>> import numpy as np, minstep
@@ -15,13 +15,15 @@ from minstep.checkpoint import open_checkpoint
 from minstep.config import load_config
 from minstep.configs import find_config
 from minstep.files import InputError
-from minstep.generate import generate
+from minstep.generate import generate, steps
 from minstep.model import decoder, head
 from minstep.mtp import mtp_forward
+from minstep.sampling import Sampling
 from minstep.weights import random_weights
 
 __all__ = [
     "InputError",
+    "Sampling",
     "decoder",
     "find_config",
     "generate",
@@ -30,5 +32,6 @@ __all__ = [
     "mtp_forward",
     "open_checkpoint",
     "random_weights",
+    "steps",
 ]
 __version__ = "0.1.0"

@@ -12,6 +12,9 @@ from minstep.norm import rms_norm
 from minstep.rope import Rotation, rotate
 from minstep.tap import Array, Tap, silent
 
+ROWS, KEYS = 512, 2048  # of a block: 4 MB of scores in float32, which stay in cache
+LARGE = ROWS * KEYS  # more scores than this are never held at once
+
 
 class AttentionWeights(NamedTuple):
     """Tensors under `model.layers.N.self_attn.`, each with `.weight` at the end."""
@@ -53,9 +56,7 @@ def self_attention(
     q = tap("q_rope", rotate(q, table))
     k = tap("k_rope", rotate(k, table))
     past = whole(k, v) if cache is None else cache.append(k, v)  # [G, S, K]
-    first = 0 if cache is None else cache.end - T
-    mask = visible(first, T, past, spec.window)  # [T, S]
-    heads = attend(q, past, mask, tap)
+    heads = attend(q, past, past.start + past.keys.shape[1] - T, spec.window, tap)
     if weights.g_proj is not None:
         gate = sigmoid(tap("g_proj", linear(x, weights.g_proj)))  # [T, H]
         heads = heads * gate[:, :, None]
@@ -67,29 +68,70 @@ def whole(k: Array, v: Array) -> Past:
     return Past(k.swapaxes(0, 1), v.swapaxes(0, 1), 0)  # [G, T, K]
 
 
-def visible(first: int, count: int, past: Past, window: int | None) -> Array:
-    """Which keys each of the queries at first, first + 1, ... may see: [T, S] bool.
+def visible(first: int, count: int, start: int, keys: int, window: int | None) -> Array:
+    """Which keys, at start, start + 1, ..., each query, at first, first + 1, ..., may see.
 
-    A window of W is the query itself and the W - 1 positions before it.
+    Returns bool [count, keys]. A window of W is the query itself and the W - 1 positions before it.
     """
-    query = np.arange(first, first + count)[:, None]  # [T, 1]
-    key = np.arange(past.start, past.start + past.keys.shape[1])  # [S]
-    mask = key <= query  # [T, S]
+    query = np.arange(first, first + count)[:, None]  # [count, 1]
+    key = np.arange(start, start + keys)  # [keys]
+    mask = key <= query  # [count, keys]
     return mask if window is None else mask & (query - key < window)
 
 
-def attend(q: Array, past: Past, mask: Array, tap: Tap = silent) -> Array:
+def attend(q: Array, past: Past, first: int, window: int | None, tap: Tap = silent) -> Array:
     """Softmax attention of grouped heads, scaled by K ** -0.5.
 
-    q [T, H, K]; past keys and values [G, S, K]; mask [T, S] bool, each row with a True. Query
-    heads g*R .. g*R + R - 1 read key-value head g, which is never repeated. Returns [T, H, K].
+    q [T, H, K] at positions first, first + 1, .... Query heads g*R .. g*R + R - 1 read key-value
+    head g, which is never repeated. Each query sees itself at least. Returns [T, H, K].
     """
     T, H, K = q.shape
     G, S, _ = past.keys.shape
     R = H // G
+    if H * T * S > LARGE and not tap.wants("probs"):
+        return attend_in_blocks(q, past, first, window)
     grouped = q.reshape(T, G, R, K).transpose(1, 2, 0, 3).reshape(G, R * T, K)  # [G, R*T, K]
     scores = grouped @ past.keys.swapaxes(1, 2) * K**-0.5  # [G, R*T, S]
+    mask = visible(first, T, past.start, S, window)  # [T, S]
     scores = np.where(mask, scores.reshape(G, R, T, S), -np.inf)  # [G, R, T, S]
     probs = tap("probs", softmax(scores).reshape(H, T, S))  # [H, T, S]
     mixed = probs.reshape(G, R * T, S) @ past.values  # [G, R*T, K]
     return mixed.reshape(H, T, K).swapaxes(0, 1)  # [T, H, K]
+
+
+def attend_in_blocks(q: Array, past: Past, first: int, window: int | None) -> Array:
+    """The same attention where the scores [H, T, S] would be too large to hold at once.
+
+    q [T, H, K]. One block of queries and keys at a time: each row keeps the largest score so far,
+    and with it the sum and the mix of values seen so far; when a larger score comes, both shrink by
+    exp(old - new). Keys that no query of a block can see are not visited. Returns [T, H, K].
+    Source: online softmax, arXiv 1805.02867; blocks as in FlashAttention, arXiv 2205.14135.
+    Checked by: tests/test_attention.py
+    """
+    T, H, K = q.shape
+    G, S, _ = past.keys.shape
+    R = H // G
+    out = np.empty_like(q)
+    step = max(1, ROWS // R)
+    for a in range(0, T, step):
+        b = min(a + step, T)
+        low = 0 if window is None else max(0, first + a - window + 1 - past.start)
+        for g in range(G):
+            heads = slice(g * R, (g + 1) * R)
+            query = q[a:b, heads].swapaxes(0, 1).reshape(-1, K) * K**-0.5  # [R*B, K]
+            peak = np.full((len(query), 1), np.finfo(q.dtype).min / 2, q.dtype)  # [R*B, 1]
+            total, mixed = np.zeros_like(peak), np.zeros_like(query)
+            for c in range(low, first + b - past.start, KEYS):
+                d = min(c + KEYS, first + b - past.start)
+                scores = query @ past.keys[g, c:d].T  # [R*B, C]
+                mask = visible(first + a, b - a, past.start + c, d - c, window)  # [B, C]
+                if not mask.all():
+                    scores = np.where(np.tile(mask, (R, 1)), scores, -np.inf)
+                higher = np.maximum(peak, scores.max(axis=-1, keepdims=True))
+                shrink = np.exp(peak - higher)
+                powers = np.exp(scores - higher)
+                total = total * shrink + powers.sum(axis=-1, keepdims=True)
+                mixed = mixed * shrink + powers @ past.values[g, c:d]
+                peak = higher
+            out[a:b, heads] = (mixed / total).reshape(R, b - a, K).swapaxes(0, 1)
+    return out

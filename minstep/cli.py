@@ -2,31 +2,16 @@
 
 import argparse
 import io
-import json
-import math
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-from tokenizers import Tokenizer
+from minstep import commands
+from minstep.files import InputError, abandon_stdout
 
-from minstep.checkpoint import open_checkpoint
-from minstep.config import Config, load_config, parse_config
-from minstep.configs import find_config
-from minstep.files import InputError, abandon_stdout, atomic_file, check_space
-from minstep.generate import check_prompt, generate
-from minstep.keys import read_json
-from minstep.lab.inspect import inspect, table
-from minstep.lab.trace import record, save_trace
-from minstep.model import ModelWeights
-from minstep.tokenizer import StreamingText, encode, load_tokenizer
-from minstep.weights import random_weights, save_random, tensor_shapes
-
-NOISE = "minstep: no --model: tiny random weights; the text is noise because it is untrained"
+FLOATS: dict[str, Any] = {"choices": ("float32", "float64"), "default": "float32"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,127 +41,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _generate(args: argparse.Namespace) -> None:
-    load, config, tokenizer = _open(args.model)
-    prompt = _prompt(args, tokenizer)
-    check_prompt(prompt, config)
-    weights = load()
-    stream = StreamingText(tokenizer) if tokenizer else None
-    rng = np.random.default_rng(args.seed)
-    tokens: list[int] = []
-    started = first = time.perf_counter()
-    for token in generate(
-        prompt,
-        weights,
-        config,
-        rng,
-        max_tokens=args.max_tokens,
-        temperature=args.temp,
-        dtype=np.dtype(args.dtype),
-        chunk=args.prefill_chunk,
-        ignore_eos=args.ignore_eos,
-    ):
-        first = first if tokens else time.perf_counter()
-        tokens.append(token)
-        if not args.json:
-            shown = stream.add(token) if stream else f"{',' if len(tokens) > 1 else ''}{token}"
-            print(shown, end="", flush=True)
-    stats = _stats(prompt, tokens, config, args, first - started, time.perf_counter() - first)
-    if args.json:
-        text = tokenizer.decode(tokens, skip_special_tokens=True) if tokenizer else ""
-        result = {"prompt_tokens": prompt, "tokens": tokens, "text": text, "stats": stats}
-        print(json.dumps(result, ensure_ascii=False))
-    else:
-        print()
-        print(
-            f"prompt {len(prompt)} tokens in {stats['prompt_seconds']} s, "
-            f"{len(tokens)} new at {stats['generation_tps']} tokens/s, stop: {stats['stop']}",
-            file=sys.stderr,
-        )
-
-
-def _stats(
-    prompt: list[int],
-    tokens: list[int],
-    config: Config,
-    args: argparse.Namespace,
-    prompt_seconds: float,
-    seconds: float,
-) -> dict[str, Any]:
-    """Counts, times and why it stopped; the first new token belongs to the prompt's time."""
-    stop = "length" if len(tokens) == args.max_tokens else "context"
-    if tokens and tokens[-1] in config.eos_token_ids and not args.ignore_eos:
-        stop = "eos"
-    return {
-        "prompt_seconds": round(prompt_seconds, 4),
-        "prompt_tps": round(len(prompt) / prompt_seconds, 1) if prompt_seconds else 0.0,
-        "generation_seconds": round(seconds, 4),
-        "generation_tps": round(max(0, len(tokens) - 1) / seconds, 1) if seconds else 0.0,
-        "stop": stop,
-        "dtype": args.dtype,
-        "temperature": args.temp,
-        "seed": args.seed,
-    }
-
-
-def _open(model: Path | None) -> tuple[Callable[[], ModelWeights], Config, Tokenizer | None]:
-    """The checkpoint at `model`, or the shipped tiny configuration with random weights.
-
-    The weights are a call away, so that what it warns of comes after every refusal.
-    """
-    if model is not None:
-        checkpoint = open_checkpoint(model)
-        return checkpoint.weights, checkpoint.config, load_tokenizer(model)
-    folder = find_config("tiny")
-    config = load_config(folder)
-
-    def draw() -> ModelWeights:
-        print(NOISE, file=sys.stderr)
-        return random_weights(config, np.random.default_rng(0))
-
-    return draw, config, load_tokenizer(folder)
-
-
-def _prompt(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
-    if args.tokens is not None:
-        return list(args.tokens)
-    if tokenizer is None:
-        file = args.model / "tokenizer.json"
-        raise InputError(f"{file}: is missing; give the prompt as --tokens")
-    return encode(tokenizer, args.prompt)
-
-
-def _trace(args: argparse.Namespace) -> None:
-    load, config, _ = _open(args.model)
-    check_prompt(args.tokens, config)
-    with atomic_file(args.out) as temporary:  # first, so that a bad path is refused before the work
-        trace = record(args.tokens, load(), config, np.dtype(args.dtype))
-        save_trace(trace, args.tokens, temporary)
-
-
-def _make_tiny(args: argparse.Namespace) -> None:
-    source = find_config(args.config)
-    file = source / "config.json" if source.is_dir() else source
-    raw = read_json(file)
-    tokenizer = file.parent / "tokenizer.json"
-    config = parse_config(raw, str(file))
-    count = sum(map(math.prod, tensor_shapes(config).values()))
-    check_space(args.out, count * (4 if args.dtype == "float32" else 2))
-    beside = tokenizer if tokenizer.exists() else None
-    rng = np.random.default_rng(args.seed)
-    save_random(raw, config, rng, args.out, args.dtype, args.shards, beside)
-
-
-def _inspect(args: argparse.Namespace) -> None:
-    report = inspect(find_config(args.model))
-    print(json.dumps(report) if args.json else table(report))
+def _given_or_read(text: str) -> str:
+    """The text itself, or for a dash all of stdin."""
+    try:
+        return sys.stdin.read() if text == "-" else text
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"stdin is not text: {error}") from error
 
 
 def _token_ids(text: str) -> list[int]:
+    text = _given_or_read(text)
     try:
         return [int(part) for part in text.split(",")] if text.strip() else []
     except ValueError:
-        message = f"{text!r} is not a list of token ids, expected such as 5,17,9"
+        message = f"{text!r:.80} is not a list of token ids, expected such as 5,17,9"
         raise argparse.ArgumentTypeError(message) from None
 
 
@@ -190,61 +68,118 @@ def _at_least(minimum: int) -> Callable[[str], int]:
     return whole_number
 
 
-def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least 0")
-    return value
+def _number(expected: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not (holds(value) and abs(value) < float("inf")):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a number {expected}")
+        return value
+
+    return number
+
+
+def _not_empty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("'': expected a text that is not empty")
+    return text
+
+
+def _decoding_flags(add: argparse.ArgumentParser, temp: float, top_p: float, most: int) -> None:
+    """The flags of every command that generates; where mlx-lm has them, names are its."""
+    add.add_argument("--model", type=Path, metavar="DIR", help="checkpoint in hub layout")
+    text = f"most tokens to generate ({most})"
+    add.add_argument("--max-tokens", type=_at_least(0), default=most, metavar="N", help=text)
+    text = "end before this text; may be given several times"
+    add.add_argument(
+        "--stop", type=_not_empty, action="append", default=[], metavar="TEXT", help=text
+    )
+    add.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
+
+    how = add.add_argument_group("sampling")
+    at_least, share = _number("of at least 0", lambda x: x >= 0), "above 0 and at most 1"
+    text = f"0 is greedy ({temp:g})"
+    how.add_argument("--temp", type=at_least, default=temp, metavar="T", help=text)
+    above, text = _number(share, lambda x: 0 < x <= 1), f"keep this much probability ({top_p:g})"
+    how.add_argument("--top-p", type=above, default=top_p, metavar="P", help=text)
+    text = "keep the K likeliest tokens (0, all)"
+    how.add_argument("--top-k", type=_at_least(0), default=0, metavar="K", help=text)
+    within, text = _number("from 0 to 1", lambda x: 0 <= x <= 1), "as a share of the likeliest (0)"
+    how.add_argument("--min-p", type=within, default=0.0, metavar="P", help=text)
+    positive, text = _number("above 0", lambda x: x > 0), "of tokens in the text so far (1, none)"
+    how.add_argument("--repetition-penalty", type=positive, default=1.0, metavar="X", help=text)
+    how.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of the draws (0)")
+
+    run = add.add_argument_group("decoding")
+    text = "draft with the MTP layers: changes the speed only (on where there are any)"
+    run.add_argument("--mtp", action=argparse.BooleanOptionalAction, default=True, help=text)
+    text = "drafts a step (one for each MTP layer)"
+    run.add_argument("--num-draft-tokens", type=_at_least(0), metavar="N", help=text)
+    run.add_argument("--dtype", **FLOATS, help="of every activation")
+    text = "prompt tokens at a time, which bounds memory (512)"
+    run.add_argument("--prefill-chunk", type=_at_least(1), default=512, metavar="N", help=text)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="minstep", description="Step 3.5 Flash in plain NumPy.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    listed = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[..., None], text: str, example: str) -> Any:
         epilog = f"example: minstep {name} {example}"
-        added = commands.add_parser(name, help=text, description=text, epilog=epilog)
+        added = listed.add_parser(name, help=text, description=text, epilog=epilog)
         added.set_defaults(run=run)
         return added
 
-    floats = {"choices": ("float32", "float64"), "default": "float32"}
-
-    add = command("generate", _generate, "continue a prompt", '--prompt "Once" --max-tokens 20')
-    add.add_argument("--model", type=Path, metavar="DIR", help="checkpoint in hub layout")
+    example = '--prompt "Once" --max-tokens 20'
+    add = command("generate", commands.run_generate, "continue a prompt", example)
     prompt = add.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt as text")
-    prompt.add_argument("--tokens", type=_token_ids, metavar="IDS", help="the prompt as 5,17,9")
-    add.add_argument("--max-tokens", type=_at_least(0), default=100, metavar="N")
-    add.add_argument("--temp", type=_temperature, default=0.0, metavar="T", help="0 is greedy")
-    add.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of the sampling")
-    add.add_argument("--dtype", **floats, help="of every activation")
-    chunk = "prompt tokens at a time (512): bounds the memory of attention scores"
-    add.add_argument("--prefill-chunk", type=_at_least(1), default=512, metavar="N", help=chunk)
-    add.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
+    text = "the prompt as text; - reads it from stdin"
+    prompt.add_argument("--prompt", type=_given_or_read, metavar="TEXT", help=text)
+    text = "the prompt as token ids, such as 5,17,9; - reads them from stdin"
+    prompt.add_argument("--tokens", type=_token_ids, metavar="IDS", help=text)
+    messages = "a conversation, as a JSON array of messages"
+    prompt.add_argument("--chat-messages", type=Path, metavar="FILE.json", help=messages)
+    tools = "what the model may call, as a JSON array; with --chat-messages"
+    add.add_argument("--tools", type=Path, metavar="FILE.json", help=tools)
+    _decoding_flags(add, temp=0.0, top_p=1.0, most=100)
+    logs = "log-probabilities of each token and of the N likeliest"
+    add.add_argument("--logprobs", type=_at_least(0), default=0, metavar="N", help=logs)
+    show = "print the drafts of each forward pass, those that were kept in []"
+    add.add_argument("--show-drafts", action="store_true", help=show)
     add.add_argument("--json", action="store_true", help="print one JSON object")
 
-    add = command(
-        "trace",
-        _trace,
-        "write every named tensor of a forward pass",
+    example = '--system "Answer briefly" --hide-thinking'
+    add = command("chat", commands.run_chat, "talk with the model", example)
+    text = "what the model is told before all else"
+    add.add_argument("--system", "--system-prompt", metavar="TEXT", help=text)
+    tools = "what the model may call, as a JSON array"
+    add.add_argument("--tools", type=Path, metavar="FILE.json", help=tools)
+    text = "show answers without the thinking before them"
+    add.add_argument("--hide-thinking", action="store_true", help=text)
+    _decoding_flags(add, temp=0.6, top_p=0.95, most=2048)
+
+    text, example = (
+        "write every named tensor",
         "--model DIR --tokens 5,17,9 --out trace.safetensors",
     )
+    add = command("trace", commands.run_trace, text, example)
     add.add_argument("--model", type=Path, required=True, metavar="DIR")
     add.add_argument("--tokens", type=_token_ids, required=True, metavar="IDS")
-    add.add_argument("--dtype", **floats)
+    add.add_argument("--dtype", **FLOATS)
     add.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
 
-    add = command("make-tiny", _make_tiny, "write a random checkpoint", "tiny --out DIR --seed 1")
+    text, example = "write a random checkpoint", "tiny --out DIR --seed 1"
+    add = command("make-tiny", commands.run_make_tiny, text, example)
     add.add_argument("config", metavar="CONFIG_NAME_OR_DIR")
     add.add_argument("--out", type=Path, required=True, metavar="DIR")
     add.add_argument("--seed", type=_at_least(0), default=0, metavar="N")
     add.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     add.add_argument("--shards", type=_at_least(1), default=1, metavar="N")
 
-    add = command("inspect", _inspect, "show layers, shapes, bytes, parameters", "step-3.5-flash")
+    text = "show layers, shapes, bytes, parameters"
+    add = command("inspect", commands.run_inspect, text, "step-3.5-flash")
     add.add_argument("model", metavar="DIR", help="checkpoint, config.json, or a shipped name")
     add.add_argument("--json", action="store_true")
     return parser

@@ -7,6 +7,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+
+resource: ModuleType | None
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # Everything make-tiny writes: a folder holding nothing else may be replaced by a new checkpoint.
 OUR_FILES = ("config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json")
@@ -93,6 +100,14 @@ def check_space(path: Path, needed: int) -> None:
         raise InputError(f"{path}: cannot be written: {os_reason(error)}") from error
     if needed > free:
         raise InputError(f"{path}: needs {needed} bytes, but only {free} are free there")
+
+
+def peak_memory() -> int | None:
+    """The most bytes this process has had resident; None where the system does not tell."""
+    if resource is None:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(most) * (1 if sys.platform == "darwin" else 1024)
 
 
 def abandon_stdout() -> None:

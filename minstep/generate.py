@@ -1,6 +1,7 @@
-"""Prefill a prompt in chunks, then decode a token at a time."""
+"""Prefill a prompt in chunks, then decode a step at a time: draft, verify, keep what is right."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -9,8 +10,21 @@ from minstep.cache import FullCache, new_caches
 from minstep.config import Config
 from minstep.files import InputError
 from minstep.model import ModelWeights, decoder, head
-from minstep.sampling import sample
+from minstep.mtp import Drafter
+from minstep.sampling import GREEDY, Sampling, verify
 from minstep.tap import Array
+
+RESERVED = 1024  # positions reserved for new tokens; caches grow by doubling beyond them
+
+
+class Step(NamedTuple):
+    """What one forward pass of the main model added to the text."""
+
+    tokens: list[int]  # at most 1 + accepted: cut at an end token and at the wanted length
+    logits: Array  # [1+accepted, V], each row what the token there was chosen from
+    drafts: list[int]  # what the MTP layers had proposed for this pass
+    accepted: int  # how many of them the main model would have chosen too
+    stop: str | None  # why the text ends here: "eos", "length" or "context"
 
 
 def check_prompt(tokens: Sequence[int], config: Config) -> None:
@@ -35,17 +49,79 @@ def prefill(
     weights: ModelWeights,
     config: Config,
     caches: Sequence[FullCache],
+    drafter: Drafter,
     dtype: DTypeLike = np.float32,
     chunk: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Array:
-    """Run the prompt through the model, `chunk` tokens at a time: logits [V] after its last token.
+    """Run the prompt through the model, `chunk` tokens at a time: logits [1, V] after its end.
 
     Every split gives the same numbers up to rounding; chunks bound the memory that scores take.
+    `progress` is called with the number of tokens done after each.
     """
     size = chunk or len(tokens)
     for start in range(0, len(tokens), size):
-        x = decoder(tokens[start : start + size], weights, config, dtype, caches)  # [T, D]
-    return head(x[-1:], weights, config)[0]  # [V]
+        part = tokens[start : start + size]
+        x = decoder(part, weights, config, dtype, caches)  # [T, D]
+        drafter.feed(tokens, x)
+        progress(start + len(part))
+    return head(x[-1:], weights, config)  # [1, V]
+
+
+def steps(
+    prompt: Sequence[int],
+    weights: ModelWeights,
+    config: Config,
+    rng: np.random.Generator,
+    max_tokens: int = 100,
+    how: Sampling = GREEDY,
+    dtype: DTypeLike = np.float32,
+    chunk: int | None = None,
+    ignore_eos: bool = False,
+    num_draft_tokens: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Iterator[Step]:
+    """Continue the prompt a Step at a time, until an eos id (given out too) or a limit.
+
+    Each step drafts `num_draft_tokens` tokens (None: one for each MTP layer), runs them through the
+    main model at once, and keeps those it would have chosen. Greedy tokens are those without
+    drafts, sampled ones have the same distribution. The same arguments and the same state of `rng`
+    give the same steps. Raises InputError for a bad prompt.
+    Source: report section 2 (MTP-3); speculative sampling, arXiv 2211.17192.
+    Checked by: tests/test_generate.py, tests/test_drafts.py
+    """
+    check_prompt(prompt, config)
+    tokens, limit = list(prompt), min(len(prompt) + max_tokens, config.max_positions)
+    at_limit = "length" if limit == len(prompt) + max_tokens else "context"
+    if len(tokens) == limit:
+        yield Step([], np.empty((0, config.vocab_size), dtype), [], 0, at_limit)
+        return
+    M = min(len(weights.mtp), len(weights.mtp) if num_draft_tokens is None else num_draft_tokens)
+    longest = max(min(chunk or 0, len(prompt)), M + 1)
+    room = len(prompt) + min(max_tokens, RESERVED) + M
+    caches = new_caches(config.layers, dtype, M, longest, room)
+    drafter = Drafter(weights, config, M, dtype, longest)
+    logits = prefill(prompt, weights, config, caches, drafter, dtype, chunk, progress)  # [1, V]
+    hidden = drafter.states[:0]  # [0, D]; the prompt's states have been fed
+    drafts, q = list[int](), list[Array]()
+    ends = () if ignore_eos else config.eos_token_ids
+    stop = None
+    while not stop:
+        accepted, token = verify(drafts, q, logits, tokens, how, rng)
+        for cache in caches:
+            cache.truncate(len(tokens) + accepted)
+        new = [*drafts[:accepted], token][: limit - len(tokens)]
+        end = next((n for n, token in enumerate(new, start=1) if token in ends), None)
+        if end is not None:
+            new, stop = new[:end], "eos"
+        elif len(tokens) + len(new) == limit:
+            stop = at_limit
+        tokens += new
+        yield Step(new, logits[: accepted + 1], drafts, accepted, stop)
+        if not stop:
+            drafts, q = drafter.propose(tokens, hidden[: accepted + 1], how, rng)  # [V] float64
+            hidden = decoder([tokens[-1], *drafts], weights, config, dtype, caches)  # [1+M, D]
+            logits = head(hidden, weights, config)  # [1+M, V]
 
 
 def generate(
@@ -54,26 +130,9 @@ def generate(
     config: Config,
     rng: np.random.Generator,
     max_tokens: int = 100,
-    temperature: float = 0.0,
-    dtype: DTypeLike = np.float32,
-    chunk: int | None = None,
-    ignore_eos: bool = False,
+    how: Sampling = GREEDY,
+    **options: Any,
 ) -> Iterator[int]:
-    """Yield new token ids until an eos id (yielded too), max_tokens, or the end of the context.
-
-    Raises InputError for a bad prompt. The same arguments and the same state of `rng` give the
-    same tokens; at temperature 0 `rng` is not used.
-    """
-    check_prompt(prompt, config)
-    caches = new_caches(config.layers, dtype, slack=len(config.mtp_layers))
-    count = min(max_tokens, config.max_positions - len(prompt))
-    if count < 1:
-        return
-    logits = prefill(prompt, weights, config, caches, dtype, chunk)  # [V]
-    for n in range(count):
-        token = sample(logits, temperature, rng)
-        yield token
-        if n + 1 == count or (token in config.eos_token_ids and not ignore_eos):
-            return
-        x = decoder([token], weights, config, dtype, caches)  # [1, D]
-        logits = head(x, weights, config)[0]  # [V]
+    """Yield new token ids: those of `steps`, which has the options and says why it ends."""
+    for step in steps(prompt, weights, config, rng, max_tokens, how, **options):
+        yield from step.tokens

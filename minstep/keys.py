@@ -8,8 +8,11 @@ from typing import Any
 from minstep.files import InputError, os_reason
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`. Raises InputError for a missing, broken or non-object file."""
+def read_json(file: Path, kind: type = dict) -> Any:
+    """The JSON object, or with `kind` list the JSON array, in `file`.
+
+    Raises InputError for a file that is missing, broken, or holds anything else.
+    """
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         json.dumps(raw, ensure_ascii=False).encode()  # refuses half a character, such as \ud800
@@ -17,8 +20,9 @@ def read_json(file: Path) -> dict[str, Any]:
         raise InputError(f"{file}: cannot be read: {os_reason(error)}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: is not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{file}: holds a {type(raw).__name__}, expected a JSON object")
+    if not isinstance(raw, kind):
+        expected = "object" if kind is dict else "array"
+        raise InputError(f"{file}: holds a {type(raw).__name__}, expected a JSON {expected}")
     return raw
 
 

@@ -46,7 +46,7 @@ def route(x: Array, weights: MoEWeights, spec: MoESpec, tap: Tap = silent) -> Ch
     if weights.router_bias is not None:
         biased = scores + as_float(weights.router_bias, x.dtype)
     order = np.argsort(-biased, axis=-1, kind="stable")  # best first
-    if tap.active and spec.top_k < spec.experts:
+    if tap.wants("margin") and spec.top_k < spec.experts:
         ranked = np.take_along_axis(biased, order, axis=-1)
         margin = ranked[:, spec.top_k - 1] - ranked[:, spec.top_k]  # [T]
         tap("margin", margin)

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from minstep.cache import FullCache
+from minstep.cache import FullCache, new_caches
 from minstep.config import Config, LayerSpec
 from minstep.linear import Weight, linear
 from minstep.model import ModelWeights, MTPWeights, block, embed, rotations
 from minstep.norm import rms_norm
 from minstep.rope import Rotation
+from minstep.sampling import Sampling, distribution, draw
 from minstep.tap import Array, Tap, silent
 
 
@@ -80,3 +82,68 @@ def mtp_forward(
         hidden = tap(spec.name, hidden)
         logits.append(mtp_head(hidden, layer, config.rms_norm_eps, tap.at(spec.name)))
     return logits
+
+
+class Drafter:
+    """Drafts the next tokens while decoding: the first `count` depths, each with its own cache.
+
+    Depth k at position i needs token t_(i+k), so the last rows of each depth are computed from
+    drafts. Once more tokens are known they are rolled back and computed again from true ones.
+    `longest` is the longest text fed at once.
+    Source: as mtp_depth; the rows to compute again, from when their tokens are known.
+    Differs: an engine that keeps rows of rejected drafts loses acceptance, never correctness.
+    Checked by: tests/test_drafts.py
+    """
+
+    def __init__(
+        self, weights: ModelWeights, config: Config, count: int, dtype: DTypeLike, longest: int
+    ) -> None:
+        self.weights, self.config, self.count = weights, config, count
+        specs = config.mtp_layers[:count]
+        self.caches = new_caches(specs, dtype, slack=count, longest=longest + count)
+        self.first = 0  # the first position where some depth lacks a true token
+        self.states = np.empty((0, config.hidden_size), dtype)  # h^0 [rows, D] from there on
+
+    def feed(self, tokens: Sequence[int], hidden: Array) -> None:
+        """Take h^0 [T, D] of the next T positions of `tokens`, the text from its beginning."""
+        self.states = np.concatenate((self.states, hidden))  # [rows, D]
+        known = max(0, min(len(self.states), len(tokens) - self.count - self.first))
+        x = self.states[:known]  # [known, D]
+        for k in range(1, self.count + 1 if known else 1):
+            x = self._depth(k, tokens[self.first + k : self.first + k + known], x)
+        self._settle(known)
+
+    def propose(
+        self, tokens: Sequence[int], hidden: Array, how: Sampling, rng: np.random.Generator
+    ) -> tuple[list[int], list[Array]]:
+        """Draft a token with each depth in turn, and say from what distribution [V] each was drawn.
+
+        `tokens` is the text so far; hidden [T, D] is h^0 of its positions that were not fed yet, up
+        to the one before the last. Near the end of the context there are fewer drafts.
+        """
+        self.states = np.concatenate((self.states, hidden))  # [rows, D]
+        text, drafts, q = list(tokens), list[int](), list[Array]()
+        x = self.states
+        for k in range(1, min(self.count, self.config.max_positions - len(tokens)) + 1):
+            x = self._depth(k, text[self.first + k :], x)  # its last token is the draft before
+            logits = mtp_head(x[-1:], self.weights.mtp[k - 1], self.config.rms_norm_eps)[0]  # [V]
+            q.append(distribution(logits, text, how))
+            drafts.append(draw(q[-1], rng))
+            text.append(drafts[-1])
+        self._settle(len(tokens) - self.count - self.first)
+        return drafts, q
+
+    def _depth(self, k: int, next_tokens: Sequence[int], x: Array) -> Array:
+        """Depth k from position `first` on: h^(k-1) [rows, D] -> h^k [rows, D]."""
+        spec, cache = self.config.mtp_layers[k - 1], self.caches[k - 1]
+        cache.truncate(self.first)
+        table = rotations([spec], self.first, len(x), x.dtype)[spec.rope]  # [rows, P]
+        layer, embed_tokens = self.weights.mtp[k - 1], self.weights.embed_tokens
+        eps = self.config.rms_norm_eps
+        return mtp_depth(next_tokens, x, layer, embed_tokens, spec, table, eps, cache)
+
+    def _settle(self, rows: int) -> None:
+        """The first rows came from true tokens at every depth: they stay as they are."""
+        rows = max(0, rows)
+        self.states = self.states[rows:]  # [left, D]
+        self.first += rows

@@ -109,7 +109,7 @@ class ChatStream:
             self._held, self._newline_is_layout = after, True
             self._read = self._read_content
             return True
-        certain = min(_certain(before, END_THINK), _certain(before, "\n" + END_THINK))
+        certain = min(unfinished(before, END_THINK), unfinished(before, "\n" + END_THINK))
         self._add("thinking", before[:certain])
         self._held = before[certain:]
         return False
@@ -118,7 +118,7 @@ class ChatStream:
         """Content up to a `<tool_call>`, and the call with it."""
         self._skip_newline()
         before, found, after = self._held.partition(CALL)
-        certain = len(before) if found else _certain(before, CALL)
+        certain = len(before) if found else unfinished(before, CALL)
         self._add_content(before[:certain])
         self._held = self._held[certain:]
         if not found:
@@ -165,7 +165,7 @@ class ChatStream:
             self._events.append(Event(kind, payload))
 
 
-def _certain(text: str, tag: str) -> int:
-    """How much of `text` cannot be the beginning of `tag`."""
+def unfinished(text: str, tag: str) -> int:
+    """Where the end of `text` that may become `tag` begins; the length of `text` without one."""
     starts = range(max(0, len(text) - len(tag) + 1), len(text))
     return next((n for n in starts if tag.startswith(text[n:])), len(text))

@@ -14,11 +14,13 @@ Array = NDArray[Any]
 class Tap:
     """The silent tap, and the base of every other one."""
 
-    active = False  # whether tensors made only to be looked at are worth computing
-
     def __call__(self, name: str, x: Array) -> Array:
         """See `x`, of any shape and dtype, under `name`; what is returned goes on from here."""
         return x
+
+    def wants(self, name: str) -> bool:
+        """Whether `name`, which only a tap would look at, is worth computing."""
+        return False
 
     def at(self, scope: str) -> "Tap":
         """The tap for the module `scope` inside this one; names join with a dot."""

@@ -3,7 +3,8 @@
 After each statement, what it assigned or returned is looked at. A shape that nothing it read has
 must be stated at its end, as `# [T, D]` or `# [T, D], [D]; why`; and what is stated, there, for a
 weight or in a docstring (`x [T, D]`, `Returns [T, D]`), must hold, a letter being one size
-throughout a call. Float arrays must have the dtype of the run.
+throughout a call. Float arrays must have the dtype of the run or one that the statement
+or its comment names.
 """
 
 import ast
@@ -40,11 +41,12 @@ class Shapes:
         self.met, self.wrong = set[Place](), dict[Place, str]()  # the first failure of each line
         self.stated, self.statements = dict[Place, list[str]](), dict[Place, ast.stmt]()
         self.fields, self.calls = dict[str, dict[str, Place]](), dict[FrameType, Call]()
-        self.files = set(sources)
+        self.files, self.comments = set(sources), dict[Place, str]()
         for file, source in sources.items():
             for n, line in enumerate(source.splitlines(), 1):
-                if said := re.findall(SHAPE, line.partition("  # ")[2].split(";")[0]):
-                    self.stated[file, n] = said
+                comment = line.partition("  # ")[2].split(";")[0]
+                if said := re.findall(SHAPE, comment):
+                    self.stated[file, n], self.comments[file, n] = said, comment
             for node in ast.walk(ast.parse(source)):
                 if isinstance(node, (ast.Assign, ast.Return, ast.For)):
                     end = node.lineno if isinstance(node, ast.For) else node.end_lineno or 0
@@ -94,12 +96,13 @@ class Call:
             for name in re.findall(r"\w+", names):
                 self.hold(self.place, [shape], arrays(self.before.get(name)))
         for value in frame.f_locals.values():
-            for field, place in shapes.fields.get(type(value).__name__, {}).items():
-                self.hold(place, shapes.stated.get(place, []), arrays(getattr(value, field)))
+            self.hold_fields(value)
 
     def step(self, frame: FrameType, event: str, value: Any) -> Any:
         """Called before each line and at the return: look at the statement that has ended."""
         node = self.shapes.statements.get((self.place[0], frame.f_lineno))
+        if event == "return":
+            self.hold_fields(value, integers(frame.f_locals))
         if event == "return" or node is not self.node:
             after = variables(frame)
             if self.node:
@@ -107,13 +110,15 @@ class Call:
             self.node, self.before = node, after
         if isinstance(node, ast.For):  # a letter may stand for another size in each round
             self.readings = self.rounds.setdefault(node, self.readings)
+            for inner in loops(node):
+                self.rounds.pop(inner, None)
         return self.step
 
     def look(self, node: ast.stmt, after: dict[str, Any], value: Any) -> None:
         """Hold what a statement assigned or returned to what it states."""
         place = (self.place[0], node.end_lineno or 0)
         said = self.shapes.stated.get(place, [])
-        sizes = {name: value for name, value in after.items() if type(value) is int}
+        sizes = integers(after)
         if isinstance(node, ast.Return):
             made = arrays(value)
             self.hold(self.place, self.returns, made, sizes)
@@ -127,9 +132,16 @@ class Call:
             self.shapes.wrong.setdefault(place, f"states no shape for {made[0].shape}")
         self.hold(place, said, made, sizes)
         dtypes = {self.shapes.dtype} | {str(x.dtype) for x in read if isinstance(x, np.ndarray)}
+        named = "".join(names(node)) + self.shapes.comments.get(place, "")
         for x in (x for x in made if isinstance(x, np.ndarray) and x.dtype.kind == "f"):
-            if str(x.dtype) not in dtypes and str(x.dtype) not in "".join(names(node)):
+            if str(x.dtype) not in dtypes and str(x.dtype) not in named:
                 self.shapes.wrong.setdefault(place, f"makes {x.dtype}")
+
+    def hold_fields(self, value: Any, sizes: dict[str, int] | None = None) -> None:
+        """Hold the fields of a named tuple to what its class states."""
+        for field, place in self.shapes.fields.get(type(value).__name__, {}).items():
+            said = self.shapes.stated.get(place, [])
+            self.hold(place, said, arrays(getattr(value, field)), sizes)
 
     def hold(
         self, place: Place, said: list[str], made: list[Any], sizes: dict[str, int] | None = None
@@ -169,6 +181,17 @@ def code(expression: str) -> CodeType:
 def names(node: ast.stmt) -> set[str]:
     """The names in a statement, dotted ones whole."""
     return {ast.unparse(n) for n in ast.walk(node) if isinstance(n, (ast.Name, ast.Attribute))}
+
+
+@cache
+def loops(node: ast.For) -> list[ast.For]:
+    """The loops inside a loop."""
+    return [n for n in ast.walk(node) if isinstance(n, ast.For) and n is not node]
+
+
+def integers(variables: dict[str, Any]) -> dict[str, int]:
+    """Those of the variables that may be sizes."""
+    return {name: value for name, value in variables.items() if type(value) is int}
 
 
 @cache

@@ -14,10 +14,12 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-import minstep.cli
+import minstep.commands
 import minstep.weights
 from minstep import find_config, load_config
+from minstep.chat import render
 from minstep.lab import trace as lab_trace
+from minstep.tokenizer import load_tokenizer
 from minstep.weights import tensor_shapes
 from tests.conftest import GOLDEN, Refused, Run
 
@@ -52,7 +54,7 @@ def test_generate_prints_one_json_object(run: Run) -> None:
     ran = run("generate", "--model", MODEL, "--tokens", PROMPT, "--max-tokens", 24, "--json")
     assert (ran.code, ran.err) == (0, "")
     result = json.loads(ran.out)
-    assert list(result) == ["prompt_tokens", "tokens", "text", "stats"]
+    assert list(result) == ["prompt_tokens", "tokens", "text", "stats", "mtp_trace"]
     assert result["prompt_tokens"] == META["prompt"]
     assert result["tokens"] == META["greedy"][: len(result["tokens"])]
     assert result["text"] == "" and result["stats"]["stop"] in ("eos", "length")
@@ -68,7 +70,7 @@ def test_generate_without_a_tokenizer_prints_token_ids(run: Run) -> None:
 def test_generate_without_a_model_says_that_its_text_is_noise(run: Run) -> None:
     arguments = ("generate", "--prompt", "Once", "--max-tokens", 30, "--temp", 1, "--seed", 4)
     plain, again, told = run(*arguments), run(*arguments), run(*arguments, "--json")
-    assert plain.code == 0 and plain.err.startswith(minstep.cli.NOISE + "\n")
+    assert plain.code == 0 and plain.err.startswith(minstep.commands.NOISE + "\n")
     assert plain.out == again.out
     result = json.loads(told.out)
     assert bytes(result["text"], "utf-8").decode() + "\n" == plain.out
@@ -98,6 +100,108 @@ def test_generation_stops_where_the_context_ends(single: Path, run: Run) -> None
 def test_nothing_is_generated_where_nothing_is_wanted(run: Run) -> None:
     ran = run("generate", "--model", MODEL, "--tokens", "4", "--max-tokens", 0)
     assert (ran.code, ran.out) == (0, "\n")
+
+
+@pytest.mark.parametrize("flags", [(), ("--num-draft-tokens", 1), ("--no-mtp",)])
+@pytest.mark.parametrize("name", ["tiny", "odd", "drafts"])
+def test_drafts_are_told_and_change_no_token(name: str, flags: tuple[Any, ...], run: Run) -> None:
+    meta = json.loads((GOLDEN / name / "meta.json").read_text())
+    prompt, count = ",".join(map(str, meta["prompt"])), len(meta["greedy"])
+    arguments = ("--model", GOLDEN / name / "bf16", "--tokens", prompt, "--max-tokens", count)
+    result = json.loads(run("generate", *arguments, "--ignore-eos", "--json", *flags).out)
+    assert result["tokens"] == meta["greedy"]
+    depths = len(result["mtp_trace"][0][1]) if result["mtp_trace"] else 0
+    assert depths == (0 if "--no-mtp" in flags else 1 if flags or name == "odd" else 3)
+    assert len(result["stats"]["acceptance"]) == depths
+    if not flags:
+        assert result["mtp_trace"] == meta["mtp_trace"]
+
+
+def test_drafts_are_shown_pass_by_pass(run: Run) -> None:
+    meta = json.loads((GOLDEN / "tiny" / "meta.json").read_text())
+    prompt = ",".join(map(str, meta["prompt"]))
+    arguments = ("--model", GOLDEN / "tiny" / "bf16", "--tokens", prompt, "--max-tokens", 24)
+    ran = run("generate", *arguments, "--ignore-eos", "--show-drafts")
+    lines = ran.out.splitlines()
+    assert lines[0] == ",".join(map(str, meta["greedy"]))
+    assert lines[1].split() == ["0", "no", "drafts"]
+    assert lines[4].split() == ["3", "[78]", "156", "286"]
+    assert "15  [113] [163] [39]" in ran.out
+    assert "drafts kept" in ran.err and "tokens per forward pass" in ran.err
+
+
+def test_generation_stops_before_a_stop_text(run: Run) -> None:
+    arguments = ("generate", "--prompt", "Once", "--max-tokens", 60, "--json", "--ignore-eos")
+    whole = json.loads(run(*arguments).out)
+    stop = whole["text"][4:6]
+    assert stop.strip() and stop not in whole["text"][:4]
+    result = json.loads(run(*arguments, "--stop", "nowhere to be found", "--stop", stop).out)
+    assert result["text"] == whole["text"][: whole["text"].index(stop)]
+    assert result["stats"]["stop"] == "stop"
+    assert result["tokens"] == whole["tokens"][: len(result["tokens"])]
+
+
+def test_log_probabilities_are_given_for_each_token(run: Run) -> None:
+    arguments = (
+        "generate",
+        "--model",
+        MODEL,
+        "--tokens",
+        PROMPT,
+        "--max-tokens",
+        5,
+        "--logprobs",
+        3,
+    )
+    result = json.loads(run(*arguments, "--json", "--ignore-eos").out)
+    assert [entry["token"] for entry in result["logprobs"]] == META["greedy"][:5]
+    for entry in result["logprobs"]:
+        assert [top["token"] for top in entry["top"]][0] == entry["token"]
+        logs = [top["logprob"] for top in entry["top"]]
+        assert (
+            len(logs) == 3
+            and logs == sorted(logs, reverse=True)
+            and logs[0] == entry["logprob"] < 0
+        )
+    assert run(*arguments, "--ignore-eos").out.count("\ntoken ") == 5
+
+
+def test_each_sampling_flag_changes_what_is_drawn(run: Run) -> None:
+    arguments = ("generate", "--prompt", "Once", "--max-tokens", 40, "--ignore-eos", "--temp", 1.5)
+    drawn = {
+        flags: tuple(json.loads(run(*arguments, "--json", *flags).out)["tokens"])
+        for flags in [
+            (),
+            ("--top-p", 0.2),
+            ("--top-k", 3),
+            ("--min-p", 0.7),
+            ("--repetition-penalty", 1.8),
+            ("--seed", 1),
+        ]
+    }
+    assert len(set(drawn.values())) == len(drawn)
+    greedy = json.loads(run(*arguments[:-1], 0, "--json").out)["tokens"]
+    for flags in (("--top-k", 1), ("--top-p", 1e-9), ("--min-p", 1)):
+        assert json.loads(run(*arguments, "--json", *flags).out)["tokens"] == greedy
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"properties": {}}}}
+
+
+def test_a_conversation_is_answered_by_a_parsed_message(run: Run, tmp_path: Path) -> None:
+    conversation, tools = tmp_path / "messages.json", tmp_path / "tools.json"
+    conversation.write_text(json.dumps([{"role": "user", "content": "Grüße"}]), encoding="utf-8")
+    tools.write_text(json.dumps([TOOL]))
+    arguments = ("generate", "--chat-messages", conversation, "--max-tokens", 30, "--json")
+    plain = json.loads(run(*arguments).out)
+    with_tools = json.loads(run(*arguments, "--tools", tools).out)
+    assert plain["message"]["role"] == "assistant"
+    assert plain["message"]["reasoning_content"].strip("\n") == plain["text"].strip("\n")
+    tokenizer = load_tokenizer(find_config("tiny"))
+    assert tokenizer
+    text = tokenizer.decode(plain["prompt_tokens"], skip_special_tokens=False)
+    assert text == render([{"role": "user", "content": "Grüße"}])
+    assert len(with_tools["prompt_tokens"]) > len(plain["prompt_tokens"]) + 500
 
 
 @pytest.mark.parametrize("name", ["tiny", "odd", "no_extras", "drafts"])
@@ -130,7 +234,7 @@ def test_make_tiny_takes_a_name_a_folder_or_a_file(tmp_path: Path, run: Run) -> 
     assert ran.code == 0
 
 
-@pytest.mark.parametrize("command", ["generate", "trace", "make-tiny", "inspect"])
+@pytest.mark.parametrize("command", ["generate", "chat", "trace", "make-tiny", "inspect"])
 def test_the_help_of_each_command_has_an_example(command: str, run: Run) -> None:
     ran = run(command, "--help")
     assert ran.code == 0 and f"example: minstep {command} " in " ".join(ran.out.split())
@@ -188,6 +292,45 @@ def test_a_prompt_as_text_needs_a_tokenizer(refused: Refused) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "naming"),
+    [
+        ("{}", ("JSON array",)),
+        ("[", ("not valid JSON",)),
+        ("[]", ("empty",)),
+        ('["hello"]', ("messages[0]", "object")),
+        ('[{"role": "wizard", "content": "a"}]', ("messages[0]", "wizard", "user")),
+        ('[{"role": "user", "content": 3}]', ("messages[0].content",)),
+    ],
+)
+def test_a_wrong_conversation_is_refused(
+    content: str, naming: tuple[str, ...], tmp_path: Path, refused: Refused
+) -> None:
+    file = tmp_path / "messages.json"
+    file.write_text(content)
+    refused("generate", "--chat-messages", file, naming=(str(file), *naming))
+
+
+def test_missing_conversations_and_tools_are_refused(tmp_path: Path, refused: Refused) -> None:
+    file, tools = tmp_path / "messages.json", tmp_path / "tools.json"
+    refused("generate", "--chat-messages", file, naming=(str(file), "cannot be read"))
+    file.write_text('[{"role": "user", "content": "a"}]')
+    naming = (str(tools), "cannot be read")
+    refused("generate", "--chat-messages", file, "--tools", tools, naming=naming)
+    tools.write_text("[3]")
+    refused("generate", "--chat-messages", file, "--tools", tools, naming=("tools[0]", "object"))
+    refused("generate", "--prompt", "a", "--tools", tools, naming=("--tools", "--chat-messages"))
+    naming = (str(MODEL / "tokenizer.json"), "--chat-messages")
+    refused("generate", "--model", MODEL, "--chat-messages", file, naming=naming)
+
+
+def test_more_drafts_than_mtp_layers_are_refused(refused: Refused) -> None:
+    arguments = ("generate", "--model", MODEL, "--tokens", "4", "--num-draft-tokens")
+    refused(*arguments, 2, naming=("--num-draft-tokens 2", "1 MTP layers"))
+    naming = (str(MODEL / "tokenizer.json"), "--stop")
+    refused(*arguments, 1, "--stop", "a", naming=naming)
+
+
+@pytest.mark.parametrize(
     "content", [b"", b"{", b"{}", b"[]", b"\xff\xfe", b'{"model": {"type": "BPE"}}', b"\0" * 9]
 )
 def test_a_malformed_tokenizer_is_refused(content: bytes, tiny: Path, refused: Refused) -> None:
@@ -218,6 +361,15 @@ def test_a_tokenizer_of_another_model_is_refused_by_its_token(tiny: Path, refuse
         (("generate", "--tokens", "4", "--max-tokens", "1.5"), ("--max-tokens", "1.5")),
         (("generate", "--tokens", "4", "--prefill-chunk", "0"), ("--prefill-chunk", "0")),
         (("generate", "--tokens", "4", "--seed", "x"), ("--seed", "x")),
+        (("generate", "--tokens", "4", "--top-p", "0"), ("--top-p", "0", "above 0")),
+        (("generate", "--tokens", "4", "--top-p", "1.1"), ("--top-p", "1.1", "at most 1")),
+        (("generate", "--tokens", "4", "--min-p", "-0.1"), ("--min-p", "-0.1")),
+        (("generate", "--tokens", "4", "--top-k", "1.5"), ("--top-k", "1.5")),
+        (("generate", "--tokens", "4", "--repetition-penalty", "0"), ("--repetition-penalty",)),
+        (("generate", "--tokens", "4", "--temp", "inf"), ("--temp", "inf")),
+        (("generate", "--tokens", "4", "--stop", ""), ("--stop", "not empty")),
+        (("generate", "--tokens", "4", "--logprobs", "-1"), ("--logprobs", "-1")),
+        (("generate", "--tokens", "4", "--chat-messages", "x"), ("--chat-messages", "--tokens")),
         (("generate", "--tokens", "4", "--dtype", "float16"), ("--dtype", "float16", "float64")),
         (("generate", "--tokens", "4", "a\nb"), ("unrecognized", "a b")),
         (("trace", "--tokens", "4"), ("--model", "--out")),
@@ -239,7 +391,7 @@ def test_a_trace_that_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
-    monkeypatch.setattr(minstep.cli, "record", lambda *_: pytest.fail("the work was done"))
+    monkeypatch.setattr(minstep.commands, "record", lambda *_: pytest.fail("the work was done"))
     out = tmp_path / place
     naming = (str(out), "cannot be written")
     refused("trace", "--model", MODEL, "--tokens", "4", "--out", out, naming=naming)
@@ -385,7 +537,7 @@ def test_an_interrupted_trace_leaves_what_was_there(
             arguments[-1].write_bytes(b"half")
         raise raised
 
-    monkeypatch.setattr(minstep.cli, function, breaks)
+    monkeypatch.setattr(minstep.commands, function, breaks)
     ran = run("trace", "--model", MODEL, "--tokens", "4", "--out", out)
     assert ran.code == code and ran.err.count("\n") == (code == 2)
     assert names(tmp_path) == (["trace"] if existing else NOTHING)

@@ -231,5 +231,5 @@ def test_a_missing_file_is_refused_by_its_name(tmp_path: Path) -> None:
 
 
 def test_an_unknown_configuration_lists_the_shipped_ones() -> None:
-    with pytest.raises(InputError, match="drafts, no_extras, odd, step-3.5-flash, tiny"):
+    with pytest.raises(InputError, match="drafts, long, no_extras, odd, step-3.5-flash, tiny"):
         find_config("huge")

@@ -1,7 +1,5 @@
 """Generation: stopping, sampling, drafts' teacher-forced forward and streaming text."""
 
-from collections import Counter
-
 import numpy as np
 import pytest
 
@@ -10,7 +8,8 @@ from minstep.cache import WindowCache, new_caches
 from minstep.config import Config
 from minstep.generate import prefill
 from minstep.model import ModelWeights, decoder, head
-from minstep.sampling import sample
+from minstep.mtp import Drafter
+from minstep.sampling import Sampling
 from minstep.tokenizer import StreamingText, byte_level_tokenizer, load_tokenizer
 
 CONFIG = minstep.load_config(minstep.find_config("tiny"))
@@ -41,7 +40,7 @@ def test_it_stops_at_an_end_token_unless_told_not_to() -> None:
 
 def test_the_same_seed_draws_the_same_tokens_and_another_does_not() -> None:
     first, second, third = (
-        tokens(temperature=1.0, max_tokens=20, ignore_eos=True, seed=seed) for seed in (1, 1, 2)
+        tokens(how=Sampling(1.0), max_tokens=20, ignore_eos=True, seed=seed) for seed in (1, 1, 2)
     )
     assert first == second != third
 
@@ -49,35 +48,14 @@ def test_the_same_seed_draws_the_same_tokens_and_another_does_not() -> None:
 @pytest.mark.parametrize("chunk", [1, 4, 10])
 def test_chunks_of_a_prompt_give_the_same_logits(chunk: int) -> None:
     whole = head(decoder(PROMPT, WEIGHTS, CONFIG, np.float64), WEIGHTS, CONFIG)[-1]
-    caches = new_caches(CONFIG.layers, np.float64, slack=3)
-    split = prefill(PROMPT, WEIGHTS, CONFIG, caches, np.float64, chunk)
-    np.testing.assert_allclose(split, whole, rtol=0, atol=1e-12)
+    caches = new_caches(CONFIG.layers, np.float64, slack=3, longest=chunk)
+    drafter = Drafter(WEIGHTS, CONFIG, 3, np.float64, longest=chunk)
+    done = list[int]()
+    split = prefill(PROMPT, WEIGHTS, CONFIG, caches, drafter, np.float64, chunk, done.append)
+    np.testing.assert_allclose(split, whole[None], rtol=0, atol=1e-12)
+    assert done == [*range(chunk, len(PROMPT), chunk), len(PROMPT)]
     assert all(cache.end == len(PROMPT) for cache in caches)
     assert [isinstance(c, WindowCache) for c in caches] == [s.window == 8 for s in CONFIG.layers]
-
-
-def test_temperature_zero_is_the_largest_logit_and_the_lowest_id_of_a_tie() -> None:
-    rng = np.random.default_rng(0)
-    assert sample(np.array([0, 3, 3, 1.0]), 0.0, rng) == 1
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_follow_the_softmax(temperature: float) -> None:
-    logits = np.array([0.0, 1.0, -1.0, 0.5, -np.inf])
-    rng = np.random.default_rng(0)
-    n = 20_000
-    counts = Counter(sample(logits, temperature, rng) for _ in range(n))
-    powers = np.exp(logits / temperature)
-    expected = powers / powers.sum() * n
-    assert counts[4] == 0
-    chi_square = sum((counts[i] - expected[i]) ** 2 / expected[i] for i in range(4))
-    assert chi_square < 16.3  # the 0.1 % point with 3 degrees of freedom
-
-
-def test_a_tiny_temperature_neither_overflows_nor_gives_nan() -> None:
-    logits = np.float32([100.0, -100.0, 99.0])
-    with np.errstate(all="raise", under="ignore"):
-        assert sample(logits, 1e-30, np.random.default_rng(0)) == 0
 
 
 def test_drafts_depend_on_true_tokens_up_to_their_depth_only() -> None:

@@ -2,18 +2,48 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import minstep
-from minstep.lab.trace import Trace, record
+from minstep import attention
+from minstep.lab.trace import Recorder, Trace, record
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = sorted(path.parent for path in GOLDEN.glob("*/*/config.json"))
+MODELS = [folder for folder in FILES if folder.name == "bf16"]  # the same numbers as in fp32/
+WEIGHTS = {folder: minstep.open_checkpoint(folder).weights() for folder in MODELS}
 TOLERANCE = {"float64": 1e-10, "float32": 2e-5}
+
+
+class Text(NamedTuple):
+    """What a greedy decode gave: new tokens, and a row of the golden `mtp_trace` for each step."""
+
+    tokens: list[int]
+    trace: list[list[Any]]
+
+
+def decode(folder: Path, chunk: int | None, dtype: str, count: int) -> Text:
+    """Continue the golden prompt by as many tokens as were written down, with `count` drafts."""
+    text = Text([], [])
+    for step in minstep.steps(
+        meta(folder)["prompt"],
+        WEIGHTS[folder],
+        minstep.load_config(folder),
+        np.random.default_rng(0),
+        max_tokens=len(meta(folder)["greedy"]),
+        dtype=np.dtype(dtype),
+        chunk=chunk,
+        ignore_eos=True,
+        num_draft_tokens=count,
+    ):
+        if step.drafts:
+            text.trace.append([len(text.tokens), step.drafts, step.accepted])
+        text.tokens.extend(step.tokens)
+    return text
 
 
 def meta(folder: Path) -> dict[str, Any]:
@@ -59,24 +89,54 @@ def test_activations_keep_the_dtype_that_was_asked_for(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("chunk", [None, 1, 3, 7])
 @pytest.mark.parametrize("folder", FILES, ids=short)
-def test_greedy_tokens_equal_the_golden_ones_for_any_prefill_chunk(
+def test_every_activation_equals_the_golden_one_when_attention_goes_in_blocks(
+    folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    real = attention.attend_in_blocks
+    monkeypatch.setattr(attention, "attend_in_blocks", lambda *a: calls.append(a) or real(*a))
+    monkeypatch.setattr(attention, "LARGE", 0)
+    monkeypatch.setattr(attention, "ROWS", 11)
+    monkeypatch.setattr(attention, "KEYS", 3)
+    checkpoint = minstep.open_checkpoint(folder)
+    prompt, weights, config = meta(folder)["prompt"], checkpoint.weights(), checkpoint.config
+    trace: Trace = {}
+    tap = Recorder(trace, lambda name: not name.endswith(".probs"))
+    hidden = minstep.decoder(prompt, weights, config, dtype, tap=tap)
+    minstep.head(hidden, weights, config, tap)
+    minstep.mtp_forward(prompt, hidden, weights, config, tap)
+    assert len(calls) == len(config.layers) + len(config.mtp_layers)
+    golden = load_file(folder.parent / "golden_f64.safetensors")
+    golden = {name: x for name, x in golden.items() if not name.endswith(".probs")}
+    lines = departures(trace, golden, TOLERANCE[dtype])
+    assert not lines, f"{len(lines)} of {len(golden)} depart; first: {lines[0]}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("chunk", [None, 1, 3, 7, 512])
+@pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.parent.name)
+def test_greedy_tokens_and_drafts_are_the_golden_ones_for_any_chunk_and_draft_count(
     folder: Path, chunk: int | None, dtype: str
 ) -> None:
-    checkpoint = minstep.open_checkpoint(folder)
-    golden = meta(folder)["greedy"]
-    tokens = minstep.generate(
-        meta(folder)["prompt"],
-        checkpoint.weights(),
-        checkpoint.config,
-        np.random.default_rng(0),
-        max_tokens=len(golden),
-        dtype=np.dtype(dtype),
-        chunk=chunk,
-        ignore_eos=True,
-    )
-    assert list(tokens) == golden
+    golden, depths = meta(folder), len(WEIGHTS[folder].mtp)
+    for count in range(depths + 1):
+        text = decode(folder, chunk, dtype, count)
+        assert text.tokens == golden["greedy"], f"{count} drafts"
+        if count == depths:
+            assert text.trace == golden.get("mtp_trace", [])
+        assert all(len(drafts) == count for _, drafts, _ in text.trace)
+
+
+@pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.parent.name)
+def test_greedy_tokens_and_drafts_are_the_golden_ones_when_attention_goes_in_blocks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "LARGE", 0)
+    monkeypatch.setattr(attention, "ROWS", 8)
+    monkeypatch.setattr(attention, "KEYS", 5)
+    text = decode(folder, 7, "float64", len(WEIGHTS[folder].mtp))
+    assert text == (meta(folder)["greedy"], meta(folder).get("mtp_trace", []))
 
 
 def test_a_departure_is_reported_by_the_name_of_the_first_tensor() -> None:

@@ -11,9 +11,9 @@ TOP = Path(__file__).parent.parent
 PACKAGE = TOP / "minstep"
 # The floor: an import may only reach a file further up this list. Lab comes after the model.
 ORDER = (
-    "files toolcalls reply chat keys config configs tap linear activations norm rope bf16 cache attention mlp moe model "
-    "mtp sampling generate weights checkpoint tokenizer "
-    "lab.inspect lab.trace lab.figures cli __main__"
+    "files keys config configs tap linear activations norm rope bf16 cache attention mlp moe model "
+    "sampling mtp generate weights checkpoint toolcalls reply chat tokenizer continuation terminal "
+    "conversation lab.inspect lab.trace lab.figures commands cli __main__"
 ).split()
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 

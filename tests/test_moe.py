@@ -9,7 +9,7 @@ from minstep.activations import sigmoid
 from minstep.config import MoESpec
 from minstep.mlp import MLPWeights, swiglu
 from minstep.moe import Choice, MoEWeights, experts, moe, route
-from minstep.tap import Array
+from minstep.tap import Array, Tap
 
 T, D, E, A, F = 11, 8, 7, 3, 5
 SPEC = MoESpec(E, A, F, 4, scaling_factor=2.5, has_bias=True)
@@ -45,6 +45,27 @@ def test_a_tie_goes_to_the_lower_ids() -> None:
     x, weights = drawn()
     equal = weights._replace(gate=np.zeros((E, D)), router_bias=np.zeros(E))
     assert route(x, equal, SPEC).ids.tolist() == [[0, 1, 2]] * T
+
+
+def test_the_margin_is_measured_for_a_tap_that_wants_it_and_for_no_other() -> None:
+    class Margin(Tap):
+        def __init__(self, wanted: str) -> None:
+            self.wanted, self.seen = wanted, dict[str, Array]()
+
+        def __call__(self, name: str, x: Array) -> Array:
+            self.seen[name] = x
+            return x
+
+        def wants(self, name: str) -> bool:
+            return name == self.wanted
+
+    x, weights = drawn()
+    biased = np.sort(sigmoid(x @ weights.gate.T) + weights.router_bias)
+    tap, other = Margin("margin"), Margin("ids")
+    route(x, weights, SPEC, tap)
+    np.testing.assert_allclose(tap.seen["margin"], biased[:, -A] - biased[:, -A - 1], rtol=1e-12)
+    route(x, weights, SPEC, other)
+    assert "margin" not in other.seen and "ids" in other.seen
 
 
 def test_every_expert_may_be_active() -> None:

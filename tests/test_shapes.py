@@ -4,15 +4,18 @@ import json
 from importlib import import_module
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
 import minstep
+from minstep import attention
 from minstep.bf16 import BF16Array, to_bf16
 from minstep.config import parse_config
 from minstep.lab.trace import Recorder
 from minstep.linear import Weight
+from minstep.sampling import Sampling
 from minstep.weights import assemble, random_tensors
 from tests.lend import lent
 from tests.shapes import Shapes
@@ -44,10 +47,13 @@ def run(sources: dict[str, str], dtype: str = "float32", stored: str = "bfloat16
         hidden = minstep.decoder(prompt, weights, config, dtype, tap=tap)
         minstep.head(hidden, weights, config, tap)
         minstep.mtp_forward(prompt, hidden, weights, config, tap)
-        new = minstep.generate(
-            prompt, weights, config, rng, 3, 0.8, dtype, chunk=12, ignore_eos=True
-        )
-        assert len(list(new)) == 3
+        how = Sampling(0.8, top_k=30, top_p=0.9, min_p=0.001, repetition_penalty=1.2)
+        # The prompt is attended to in blocks, what comes after it is not.
+        with patch.multiple(attention, LARGE=800, ROWS=20, KEYS=8):
+            new = minstep.generate(
+                prompt, weights, config, rng, 3, how, dtype=dtype, chunk=12, ignore_eos=True
+            )
+            assert len(list(new)) == 3
     return shapes
 
 
@@ -76,13 +82,17 @@ def test_every_stated_shape_holds_and_none_is_missing_or_never_run() -> None:
         ("moe", "# [T, E]", "# [T, A]", "states [T, A], but makes [23, 7]"),
         ("mlp", "up_proj)  # [T, F]", "up_proj)  # [T]", "states [T], but makes [23, 52]"),
         ("attention", "swapaxes(0, 1)  # [T, H, K]", "swapaxes(0, 1)  # [H, T, K]", "states [H, T, K], but makes [23, 6, 60]"),
-        ("attention", "-np.inf)  # [G, R, T, S]", "-np.inf)  # [G, R, S, T]", "states [G, R, S, T], but makes [2, 3, 11, 23]"),
+        ("attention", "-np.inf)  # [G, R, T, S]", "-np.inf)  # [G, R, S, T]", "states [G, R, S, T], but makes [2, 5, 1, 20]"),
         ("rope", "  # [T, 1, P]", "", "states no shape for (23, 1, 15)"),
         ("mlp", "gate_proj))  # [T, F]", "gate_proj))", "states no shape for (23, 52)"),
         ("rope", "table [T, P]", "table [T, K]", "states [T, K], but makes [23, 15]"),
         ("norm", "Returns [..., N]", "Returns [N]", "states [N], but makes [23, 40]"),
         ("attention", "# [G*K, D]\n    v_", "# [H*K, D]\n    v_", "states [H*K, D], but makes [120, 40]"),
-        ("attention", "K**-0.5", "np.float64(K) ** -0.5", "makes float64"),
+        ("attention", "swapaxes(1, 2) * K**-0.5", "swapaxes(1, 2) * np.float64(K) ** -0.5", "makes float64"),
+        ("attention", ".T  # [R*B, C]", ".T  # [B, C]", "states [B, C], but makes [18, 6]"),
+        ("sampling", "  # [fewer]", "", "states no shape for (25,)"),
+        ("generate", "logits[: accepted + 1]", "logits", "states [1+accepted, V], but makes [2, 97]"),
+        ("generate", "[V] float64", "[V]", "makes float64"),
         ("mlp", "  # [T, D]", "  # [T, D]\n    x = x  # [D, T]", "never run: ['[D, T]']"),
     ],
 )  # fmt: skip

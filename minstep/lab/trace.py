@@ -22,8 +22,6 @@ Trace = dict[str, Array]
 class Recorder(Tap):
     """Keeps a copy of every tensor whose full name `wants` accepts, in the order they come."""
 
-    active = True
-
     def __init__(
         self, tensors: Trace, wants: Callable[[str], bool] = lambda name: True, scope: str = ""
     ) -> None:
@@ -32,14 +30,18 @@ class Recorder(Tap):
         self._scope = scope
 
     def __call__(self, name: str, x: Array) -> Array:
-        full = f"{self._scope}.{name}" if self._scope else name
-        if self._wants(full):
-            self.tensors[full] = np.array(x)
+        if self.wants(name):
+            self.tensors[self._full(name)] = np.array(x)
         return x
 
+    def wants(self, name: str) -> bool:
+        return self._wants(self._full(name))
+
     def at(self, scope: str) -> Tap:
-        inner = f"{self._scope}.{scope}" if self._scope else scope
-        return Recorder(self.tensors, self._wants, inner)
+        return Recorder(self.tensors, self._wants, self._full(scope))
+
+    def _full(self, name: str) -> str:
+        return f"{self._scope}.{name}" if self._scope else name
 
 
 def record(

@@ -1,0 +1,211 @@
+"""One function for each command: from its arguments to what it prints or writes; no maths."""
+
+import io
+import json
+import math
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from minstep.chat import parse, render
+from minstep.checkpoint import open_checkpoint
+from minstep.config import Config, load_config, parse_config
+from minstep.configs import find_config
+from minstep.continuation import Continuation
+from minstep.conversation import Conversation, talk
+from minstep.files import InputError, atomic_file, check_space
+from minstep.generate import Step, check_prompt, steps
+from minstep.keys import read_json
+from minstep.lab.inspect import inspect, table
+from minstep.lab.trace import record, save_trace
+from minstep.model import ModelWeights
+from minstep.sampling import Sampling
+from minstep.terminal import Display, Progress, drafts_line, summary
+from minstep.tokenizer import StreamingText, encode, load_tokenizer
+from minstep.weights import random_weights, save_random, tensor_shapes
+
+NOISE = "minstep: no --model: tiny random weights; the text is noise because it is untrained"
+
+
+class Model(NamedTuple):
+    """What --model names, its weights a call away: what they warn of comes after every refusal."""
+
+    load: Callable[[], ModelWeights]
+    config: Config
+    tokenizer: Tokenizer | None
+
+
+def open_model(path: Path | None) -> Model:
+    """The checkpoint at `path`, or the shipped tiny configuration with random weights."""
+    if path is not None:
+        checkpoint = open_checkpoint(path)
+        return Model(checkpoint.weights, checkpoint.config, load_tokenizer(path))
+    folder = find_config("tiny")
+    config = load_config(folder)
+
+    def draw() -> ModelWeights:
+        print(NOISE, file=sys.stderr)
+        return random_weights(config, np.random.default_rng(0))
+
+    return Model(draw, config, load_tokenizer(folder))
+
+
+def needed_tokenizer(args: Namespace, model: Model, flag: str) -> Tokenizer:
+    """The tokenizer, which `flag` cannot do without."""
+    if model.tokenizer is None:
+        file = args.model / "tokenizer.json"
+        without = "generate --tokens does without"
+        raise InputError(f"{file}: is missing, expected for {flag} ({without})")
+    return model.tokenizer
+
+
+def check_drafts(args: Namespace, config: Config) -> None:
+    """Raise InputError where more drafts are wanted than there are MTP layers."""
+    depths = len(config.mtp_layers)
+    if (args.num_draft_tokens or 0) > depths:
+        message = f"the model has {depths} MTP layers, expected at most that many"
+        raise InputError(f"--num-draft-tokens {args.num_draft_tokens}: {message}")
+
+
+def decode_steps(
+    args: Namespace,
+    prompt: list[int],
+    weights: ModelWeights,
+    config: Config,
+    rng: np.random.Generator,
+) -> Iterator[Step]:
+    """The steps that the decoding flags ask for, with a bar while a long prompt is read."""
+    bar = Progress("prompt", len(prompt), "tokens")
+    how = Sampling(args.temp, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+    try:
+        yield from steps(
+            prompt,
+            weights,
+            config,
+            rng,
+            args.max_tokens,
+            how,
+            np.dtype(args.dtype),
+            args.prefill_chunk,
+            args.ignore_eos,
+            args.num_draft_tokens if args.mtp else 0,
+            bar,
+        )
+    finally:
+        bar.erase()
+
+
+def run_generate(args: Namespace) -> None:
+    """Continue a prompt or answer a conversation: text as it comes, or one JSON object."""
+    model = open_model(args.model)
+    tools = None if args.tools is None else read_json(args.tools, list)
+    prompt = _prompt(args, model, tools)
+    check_prompt(prompt, model.config)
+    if args.stop:
+        needed_tokenizer(args, model, "--stop")
+    check_drafts(args, model.config)
+    weights, rng = model.load(), np.random.default_rng(args.seed)
+    stream = StreamingText(model.tokenizer, args.stop) if model.tokenizer else None
+    decoded = decode_steps(args, prompt, weights, model.config, rng)
+    said = Continuation(decoded, stream, args.logprobs)
+    for piece in said:
+        if not args.json:
+            print(piece, end="", flush=True)
+    if args.json:
+        print(json.dumps(_result(args, prompt, said, tools), ensure_ascii=False))
+        return
+    print("" if stream else ",".join(map(str, said.tokens)))
+    for entry in said.logprobs:
+        likely = ", ".join(f"{top['token']} {top['logprob']:.4f}" for top in entry["top"])
+        print(f"token {entry['token']} {entry['logprob']:.4f} of {likely}")
+    if args.show_drafts:
+        print(*map(drafts_line, said.passes), sep="\n")
+    print(summary(said.stats(prompt)), file=sys.stderr)
+
+
+def _result(
+    args: Namespace, prompt: list[int], said: Continuation, tools: list[Any] | None
+) -> dict[str, Any]:
+    """What --json prints."""
+    result: dict[str, Any] = {"prompt_tokens": prompt, "tokens": said.tokens, "text": said.text}
+    result |= {"stats": said.stats(prompt), "mtp_trace": said.mtp_trace}
+    if args.logprobs:
+        result["logprobs"] = said.logprobs
+    if args.chat_messages:
+        result["message"] = parse(said.text, tools).as_dict()
+    return result
+
+
+def _prompt(args: Namespace, model: Model, tools: list[Any] | None) -> list[int]:
+    """The prompt's tokens, from whichever flag gave it."""
+    if tools is not None and args.chat_messages is None:
+        raise InputError("--tools goes with --chat-messages")
+    if args.tokens is not None:
+        return list(args.tokens)
+    if args.prompt is not None:
+        return encode(needed_tokenizer(args, model, "--prompt"), args.prompt)
+    tokenizer = needed_tokenizer(args, model, "--chat-messages")
+    messages = read_json(args.chat_messages, list)
+    try:
+        text = render(messages, tools)
+    except InputError as error:
+        raise InputError(f"{args.chat_messages}: {error}") from error
+    return encode(tokenizer, text, is_rendered=True)
+
+
+def run_chat(args: Namespace) -> None:
+    """Talk with the model in a terminal, or answer each line of stdin."""
+    if sys.stdin is None:
+        raise InputError("stdin is closed, expected the lines of a conversation")
+    model = open_model(args.model)
+    tokenizer = needed_tokenizer(args, model, "chat")
+    tools = None if args.tools is None else read_json(args.tools, list)
+    conversation = Conversation(tokenizer, args.system, tools, args.stop)
+    check_drafts(args, model.config)
+    weights, rng = model.load(), np.random.default_rng(args.seed)
+
+    def decode(prompt: list[int]) -> Iterator[Step]:
+        return decode_steps(args, prompt, weights, model.config, rng)
+
+    is_interactive = sys.stdin.isatty()
+    if is_interactive:
+        with suppress(ImportError):
+            import readline  # noqa: F401  (lets input() edit lines and remember them)
+    elif isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # so that encode refuses what is no UTF-8
+    talk(conversation, decode, Display(args.hide_thinking), is_interactive)
+
+
+def run_trace(args: Namespace) -> None:
+    """Write every named tensor of a forward pass."""
+    model = open_model(args.model)
+    check_prompt(args.tokens, model.config)
+    with atomic_file(args.out) as temporary:  # first, so that a bad path is refused before the work
+        trace = record(args.tokens, model.load(), model.config, np.dtype(args.dtype))
+        save_trace(trace, args.tokens, temporary)
+
+
+def run_make_tiny(args: Namespace) -> None:
+    """Write a random checkpoint in hub layout."""
+    source = find_config(args.config)
+    file = source / "config.json" if source.is_dir() else source
+    raw = read_json(file)
+    tokenizer = file.parent / "tokenizer.json"
+    config = parse_config(raw, str(file))
+    count = sum(map(math.prod, tensor_shapes(config).values()))
+    check_space(args.out, count * (4 if args.dtype == "float32" else 2))
+    beside = tokenizer if tokenizer.exists() else None
+    rng = np.random.default_rng(args.seed)
+    save_random(raw, config, rng, args.out, args.dtype, args.shards, beside)
+
+
+def run_inspect(args: Namespace) -> None:
+    """Print layers, shapes, dtypes, bytes and parameters by part."""
+    report = inspect(find_config(args.model))
+    print(json.dumps(report) if args.json else table(report))

@@ -1,0 +1,158 @@
+"""What a person sees: answers as they come, a bar while a prompt is read, a line of figures."""
+
+import json
+import os
+import sys
+import time
+from typing import Any, TextIO
+
+from minstep.chat import Event
+from minstep.continuation import Pass
+
+BAR = 24  # cells
+PATIENCE = 1.0  # seconds before a bar appears
+PROMPT = "> "
+DIM, PLAIN, ERASE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
+# A model may say an escape sequence: on a terminal control characters are shown, never obeyed.
+PICTURES = {n: 0x2400 + n for n in range(32) if chr(n) not in "\n\t"} | {0x7F: 0x2421}
+PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0x2426)
+
+
+class Progress:
+    """A bar for work that takes longer than a moment; nothing at all where stderr is no terminal.
+
+    Call it with the number of units done: at the last one the line is empty again. Where the work
+    ends before that, `erase` empties it.
+    """
+
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        self._label, self._total, self._unit = label, total, unit
+        self._started = time.perf_counter()
+        self._shown = False
+
+    def __call__(self, done: int) -> None:
+        elapsed = time.perf_counter() - self._started
+        if not sys.stderr.isatty() or (elapsed < PATIENCE and not self._shown):
+            return
+        rate = done / elapsed
+        left = (self._total - done) / rate if rate else 0
+        cells = BAR * done // self._total
+        bar = "█" * cells + "░" * (BAR - cells)
+        counts = f"{done:,}/{self._total:,} {self._unit}, {rate:,.0f}/s, {_clock(left)} left"
+        line = f"{self._label} {bar} {counts}" if done < self._total else ""
+        print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+        self._shown = done < self._total
+
+    def erase(self) -> None:
+        """Take the bar off the line."""
+        if self._shown:
+            print(ERASE, end="", file=sys.stderr, flush=True)
+            self._shown = False
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+def summary(stats: dict[str, Any]) -> str:
+    """One line of figures from Continuation.stats."""
+    prompt = f"prompt {stats['prompt_tokens']:,} tokens at {stats['prompt_tps']:,}/s"
+    new = f"{stats['new_tokens']:,} new at {stats['generation_tps']:,} tokens/s"
+    drafts = ""
+    if stats["acceptance"]:
+        shares = ", ".join(f"{share:.0%}" for share in stats["acceptance"])
+        drafts = f"; drafts kept {shares}, {stats['tokens_per_forward']} tokens per forward pass"
+    memory = stats["peak_memory_bytes"]
+    peak = f"; peak memory {memory / 1e6:,.0f} MB" if memory else ""
+    return f"{prompt}; {new}{drafts}{peak}; stop: {stats['stop']}"
+
+
+def drafts_line(each: Pass) -> str:
+    """One forward pass: the new tokens before it, and its drafts, those that were kept in []."""
+    marks = [f"[{n}]" if k < each.accepted else str(n) for k, n in enumerate(each.drafts)]
+    return f"{each.before:>6}  {' '.join(marks) or 'no drafts'}"
+
+
+class Display:
+    """An answer on stdout as it comes: thinking dimmed or hidden, each tool call a line of JSON.
+
+    Where it cannot be dimmed, thinking stands between its tags. Without a terminal there is nothing
+    in the output that the model did not say, but those tags and the ends of lines.
+    Checked by: tests/test_terminal.py
+    """
+
+    def __init__(self, hide_thinking: bool = False) -> None:
+        self._out, self._hides = sys.stdout, hide_thinking
+        self._on_terminal = sys.stdout.isatty()
+        self._dims = _can_dim(self._out)
+        self._kind = ""  # the kind of the last event
+        self._in_line = False  # whether the last line is not ended
+
+    def show(self, event: Event) -> None:
+        """Print a piece of the answer."""
+        if event.kind != self._kind:
+            self._leave()
+            self._kind = event.kind
+            self._enter()
+        if event.kind == "tool_call":
+            self._end_line()
+            self._say(json.dumps(event.payload._asdict(), ensure_ascii=False) + "\n")
+        elif event.kind == "content" or not self._hides:
+            self._say(event.payload)
+
+    def end(self) -> None:
+        """The answer is over, whole or not: end its line and its style."""
+        self._leave()
+        self._kind = ""
+        self._end_line()
+
+    def _enter(self) -> None:
+        """What stands before a piece of another kind."""
+        if self._kind == "thinking" and self._hides:
+            self._put(f"{DIM}thinking…{PLAIN}" if self._dims else "")
+        elif self._kind == "thinking":
+            self._put(DIM if self._dims else "<think>\n")
+
+    def _leave(self) -> None:
+        """What stands behind the last piece of a kind."""
+        if self._kind == "thinking" and self._hides:
+            self._put(ERASE if self._dims else "")
+        elif self._kind == "thinking":
+            self._put(PLAIN if self._dims else "")
+            self._end_line()
+            self._put("\n" if self._dims else "</think>\n")
+
+    def _end_line(self) -> None:
+        if self._in_line:
+            self._put("\n")
+            self._in_line = False
+
+    def _say(self, text: str) -> None:
+        """Print the model's own words."""
+        self._put(text.translate(PICTURES) if self._on_terminal else text)
+        self._in_line = not text.endswith("\n")
+
+    def _put(self, text: str) -> None:
+        print(text, end="", file=self._out, flush=True)
+
+
+def note(text: str, is_dim: bool = False) -> None:
+    """A line to the user that is no part of the answer, on stderr."""
+    is_dim = is_dim and _can_dim(sys.stderr)
+    print(f"{DIM}{text}{PLAIN}" if is_dim else text, file=sys.stderr, flush=True)
+
+
+def _can_dim(stream: TextIO) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def read_line() -> str:
+    """The user's next line, asked for where stdin is a terminal. Raises EOFError when it ends."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return input(PROMPT)  # with history and line editing where readline has been imported
+    if sys.stdin.isatty():
+        print(PROMPT, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line
