@@ -113,6 +113,7 @@ def attend_in_blocks(q: Array, past: Past, first: int, window: int | None) -> Ar
     R = H // G
     out = np.empty_like(q)
     step = max(1, ROWS // R)
+    memory = np.empty(step * R * KEYS, q.dtype)  # [block]; fresh memory costs more than the maths
     for a in range(0, T, step):
         b = min(a + step, T)
         low = 0 if window is None else max(0, first + a - window + 1 - past.start)
@@ -123,15 +124,18 @@ def attend_in_blocks(q: Array, past: Past, first: int, window: int | None) -> Ar
             total, mixed = np.zeros_like(peak), np.zeros_like(query)
             for c in range(low, first + b - past.start, KEYS):
                 d = min(c + KEYS, first + b - past.start)
-                scores = query @ past.keys[g, c:d].T  # [R*B, C]
-                mask = visible(first + a, b - a, past.start + c, d - c, window)  # [B, C]
-                if not mask.all():
-                    scores = np.where(np.tile(mask, (R, 1)), scores, -np.inf)
+                scores = memory[: len(query) * (d - c)].reshape(-1, d - c)  # [R*B, C]
+                np.matmul(query, past.keys[g, c:d].T, out=scores)
+                start, end = past.start + c, past.start + d
+                if end > first + a + 1 or (window and first + b - start > window):
+                    mask = visible(first + a, b - a, start, d - c, window)  # [B, C]
+                    scores[~np.tile(mask, (R, 1))] = -np.inf
                 higher = np.maximum(peak, scores.max(axis=-1, keepdims=True))
+                scores -= higher
+                np.exp(scores, out=scores)
                 shrink = np.exp(peak - higher)
-                powers = np.exp(scores - higher)
-                total = total * shrink + powers.sum(axis=-1, keepdims=True)
-                mixed = mixed * shrink + powers @ past.values[g, c:d]
+                total = total * shrink + scores.sum(axis=-1, keepdims=True)
+                mixed = mixed * shrink + scores @ past.values[g, c:d]
                 peak = higher
             out[a:b, heads] = (mixed / total).reshape(R, b - a, K).swapaxes(0, 1)
     return out

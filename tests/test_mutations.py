@@ -293,7 +293,7 @@ def patching(test: Callable[..., None], *arguments: object) -> Callable[[], None
 
 def blocks() -> None:
     """Attention in blocks, over a few draws of sizes, windows and block ends."""
-    for seed in range(8):
+    for seed in range(30):
         patching(test_attention.test_where_blocks_end_changes_nothing, seed)()
 
 
@@ -364,7 +364,9 @@ PROPERTIES = [
     (blocks, Mutation("first key of a window skipped", "attention", "first + a - window + 1 -", "first + a - window + 2 -")),
     (blocks, Mutation("last key skipped", "attention", "d = min(c + KEYS, first + b - past.start)", "d = min(c + KEYS, max(c + 1, first + b - past.start - 1))")),
     (blocks, Mutation("not scaled", "attention", ".reshape(-1, K) * K**-0.5", ".reshape(-1, K)")),
-    (blocks, Mutation("mask of the first block", "attention", "visible(first + a, b - a, past.start + c,", "visible(first + a, b - a, past.start,")),
+    (blocks, Mutation("mask of the first block", "attention", "visible(first + a, b - a, start, d - c", "visible(first + a, b - a, past.start, d - c")),
+    (blocks, Mutation("block at the diagonal not masked", "attention", "end > first + a + 1", "end > first + b")),
+    (blocks, Mutation("block at the window's edge not masked", "attention", "first + b - start > window", "first + a - start > window")),
 ]  # fmt: skip
 DRAFT_CASES = [pytest.param(m, id=f"{row}: {m.bug}") for row, bugs in DRAFTS.items() for m in bugs]
 

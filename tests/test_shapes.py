@@ -89,7 +89,7 @@ def test_every_stated_shape_holds_and_none_is_missing_or_never_run() -> None:
         ("norm", "Returns [..., N]", "Returns [N]", "states [N], but makes [23, 40]"),
         ("attention", "# [G*K, D]\n    v_", "# [H*K, D]\n    v_", "states [H*K, D], but makes [120, 40]"),
         ("attention", "swapaxes(1, 2) * K**-0.5", "swapaxes(1, 2) * np.float64(K) ** -0.5", "makes float64"),
-        ("attention", ".T  # [R*B, C]", ".T  # [B, C]", "states [B, C], but makes [18, 6]"),
+        ("attention", "d - c)  # [R*B, C]", "d - c)  # [B, C]", "states [B, C], but makes [18, 6]"),
         ("sampling", "  # [fewer]", "", "states no shape for (25,)"),
         ("generate", "logits[: accepted + 1]", "logits", "states [1+accepted, V], but makes [2, 97]"),
         ("generate", "[V] float64", "[V]", "makes float64"),
