@@ -115,12 +115,13 @@ def run_generate(args: Namespace) -> None:
     decoded = decode_steps(args, prompt, weights, model.config, rng)
     said = Continuation(decoded, stream, args.logprobs)
     for piece in said:
+        token = f"{',' if len(said.tokens) > 1 else ''}{said.tokens[-1]}"
         if not args.json:
-            print(piece, end="", flush=True)
+            print(piece if stream else token, end="", flush=True)
     if args.json:
         print(json.dumps(_result(args, prompt, said, tools), ensure_ascii=False))
         return
-    print("" if stream else ",".join(map(str, said.tokens)))
+    print()
     for entry in said.logprobs:
         likely = ", ".join(f"{top['token']} {top['logprob']:.4f}" for top in entry["top"])
         print(f"token {entry['token']} {entry['logprob']:.4f} of {likely}")

@@ -23,8 +23,8 @@ class Pass(NamedTuple):
 class Continuation:
     """A prompt's continuation as it comes: iterate for its text; the rest is known as it goes on.
 
-    Without a text stream the pieces are empty, and tokens are all there is. The time up to the
-    first token is the prompt's. Ends where the steps do, or at a stop text ("stop").
+    Without a text stream there is an empty piece for each token. The time up to the first token is
+    the prompt's. Ends where the steps do, or at a stop text ("stop").
     Checked by: tests/test_continuation.py
     """
 
@@ -55,11 +55,12 @@ class Continuation:
                 if self._stream and self._stream.stopped:
                     self.stop = "stop"
                     return
-        yield from self._piece(self._stream.finish() if self._stream else "")
+        if self._stream:
+            yield from self._piece(self._stream.finish())
 
     def _piece(self, text: str) -> Iterator[str]:
         self.text += text
-        if text:
+        if text or self._stream is None:
             yield text
 
     @property

@@ -115,7 +115,7 @@ def test_the_trace_has_a_row_for_each_pass_with_drafts() -> None:
         Step([1, 2, 3], NO_LOGITS, [1, 2, 3], 3, "length"),
     ]
     said = Continuation(iter(steps))
-    assert list(said) == []
+    assert list(said) == [""] * 8
     assert said.mtp_trace == [(1, [6, 9, 9], 1), (3, [1], 0), (5, [1, 2, 3], 3)]
 
 
@@ -127,7 +127,7 @@ def test_stats_count_passes_after_the_prompts_and_drafts_by_depth() -> None:
         Step([1, 2, 3], NO_LOGITS, [1, 2, 7], 2, "length"),
     ]
     said = Continuation(iter(steps))
-    assert list(said) == []
+    assert list(said) == [""] * 7
     stats = said.stats(PROMPT)
     assert (stats["prompt_tokens"], stats["new_tokens"], stats["forward_passes"]) == (16, 7, 3)
     assert stats["acceptance"] == [0.667, 0.5, 0.0]
@@ -177,5 +177,5 @@ def test_without_being_asked_there_are_no_logprobs() -> None:
 
 def test_without_a_tokenizer_there_are_tokens_and_no_text() -> None:
     said = Continuation(scripted("abc"), logprobs=1)
-    assert list(said) == [] and said.text == ""
+    assert list(said) == ["", "", ""] and said.text == ""
     assert said.tokens == encode(TOKENIZER, "abc") and len(said.logprobs) == 3
