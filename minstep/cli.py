@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,8 +23,13 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command: 0 fine, 2 wrong use or bad input, 130 after Ctrl-C."""
+    if sys.stderr is None:  # closed by the caller: print would write to stdout in its place
+        sys.stderr = open(os.devnull, "w")
     warnings.showwarning = lambda message, *_: print(f"minstep: {message}", file=sys.stderr)
     args = _parser().parse_args(argv)
+    if sys.stdout is None:
+        print("minstep: stdout is closed, expected somewhere to write to", file=sys.stderr)
+        return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # its encoding may lack a character
     try:
@@ -113,7 +119,7 @@ def _decoding_flags(add: argparse.ArgumentParser, temp: float, top_p: float, mos
     how.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of the draws (0)")
 
     run = add.add_argument_group("decoding")
-    text = "draft with the MTP layers: changes the speed only (on where there are any)"
+    text = "draft with the MTP layers; greedy text stays the same (on where there are any)"
     run.add_argument("--mtp", action=argparse.BooleanOptionalAction, default=True, help=text)
     text = "drafts a step (one for each MTP layer)"
     run.add_argument("--num-draft-tokens", type=_at_least(0), metavar="N", help=text)

@@ -26,8 +26,9 @@ from minstep.lab.inspect import inspect, table
 from minstep.lab.trace import record, save_trace
 from minstep.model import ModelWeights
 from minstep.sampling import Sampling
-from minstep.terminal import Display, Progress, drafts_line, summary
+from minstep.terminal import Display, Progress, drafts_line, harmless, summary
 from minstep.tokenizer import StreamingText, encode, load_tokenizer
+from minstep.toolcalls import objects
 from minstep.weights import random_weights, save_random, tensor_shapes
 
 NOISE = "minstep: no --model: tiny random weights; the text is noise because it is untrained"
@@ -63,6 +64,11 @@ def needed_tokenizer(args: Namespace, model: Model, flag: str) -> Tokenizer:
         without = "generate --tokens does without"
         raise InputError(f"{file}: is missing, expected for {flag} ({without})")
     return model.tokenizer
+
+
+def read_tools(file: Path | None) -> list[Any] | None:
+    """The tools in a JSON file, None without one."""
+    return None if file is None else list(objects(read_json(file, list), str(file)))
 
 
 def check_drafts(args: Namespace, config: Config) -> None:
@@ -103,8 +109,10 @@ def decode_steps(
 
 def run_generate(args: Namespace) -> None:
     """Continue a prompt or answer a conversation: text as it comes, or one JSON object."""
+    if args.tools and not args.chat_messages:
+        raise InputError("--tools goes with --chat-messages")
     model = open_model(args.model)
-    tools = None if args.tools is None else read_json(args.tools, list)
+    tools = read_tools(args.tools)
     prompt = _prompt(args, model, tools)
     check_prompt(prompt, model.config)
     if args.stop:
@@ -114,12 +122,19 @@ def run_generate(args: Namespace) -> None:
     stream = StreamingText(model.tokenizer, args.stop) if model.tokenizer else None
     decoded = decode_steps(args, prompt, weights, model.config, rng)
     said = Continuation(decoded, stream, args.logprobs)
-    for piece in said:
-        token = f"{',' if len(said.tokens) > 1 else ''}{said.tokens[-1]}"
+    try:
+        for piece in said:
+            token = f"{',' if len(said.tokens) > 1 else ''}{said.tokens[-1]}"
+            if not args.json:
+                print(harmless(piece, sys.stdout) if stream else token, end="", flush=True)
+    except KeyboardInterrupt:
         if not args.json:
-            print(piece if stream else token, end="", flush=True)
+            print()
+            print(summary(said.stats(prompt)), file=sys.stderr)
+        raise
     if args.json:
-        print(json.dumps(_result(args, prompt, said, tools), ensure_ascii=False))
+        is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+        print(json.dumps(_result(args, prompt, said, tools), ensure_ascii=not is_utf8))
         return
     print()
     for entry in said.logprobs:
@@ -145,8 +160,6 @@ def _result(
 
 def _prompt(args: Namespace, model: Model, tools: list[Any] | None) -> list[int]:
     """The prompt's tokens, from whichever flag gave it."""
-    if tools is not None and args.chat_messages is None:
-        raise InputError("--tools goes with --chat-messages")
     if args.tokens is not None:
         return list(args.tokens)
     if args.prompt is not None:
@@ -166,7 +179,7 @@ def run_chat(args: Namespace) -> None:
         raise InputError("stdin is closed, expected the lines of a conversation")
     model = open_model(args.model)
     tokenizer = needed_tokenizer(args, model, "chat")
-    tools = None if args.tools is None else read_json(args.tools, list)
+    tools = read_tools(args.tools)
     conversation = Conversation(tokenizer, args.system, tools, args.stop)
     check_drafts(args, model.config)
     weights, rng = model.load(), np.random.default_rng(args.seed)

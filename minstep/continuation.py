@@ -18,6 +18,12 @@ class Pass(NamedTuple):
     before: int  # new tokens before it
     drafts: list[int]
     accepted: int
+    new: int  # tokens it gave, fewer than 1 + accepted where the text ends among them
+
+    @property
+    def kept(self) -> int:
+        """How many drafts stand in the text."""
+        return min(self.accepted, self.new)
 
 
 class Continuation:
@@ -43,9 +49,10 @@ class Continuation:
         started = time.perf_counter()
         for step in self._steps:
             now = time.perf_counter()
-            self.prompt_seconds = self.prompt_seconds or now - started
-            self.seconds = now - started - self.prompt_seconds
-            self.passes.append(Pass(len(self.tokens), step.drafts, step.accepted))
+            if step.tokens:  # without any the prompt was not even read
+                self.prompt_seconds = self.prompt_seconds or now - started
+                self.seconds = now - started - self.prompt_seconds
+            self.passes.append(Pass(len(self.tokens), step.drafts, step.accepted, len(step.tokens)))
             self.stop = step.stop or self.stop
             for token, logits in zip(step.tokens, step.logits, strict=False):
                 self.tokens.append(token)
@@ -69,7 +76,7 @@ class Continuation:
 
         The last pass may have kept more than were wanted.
         """
-        return [(n, drafts, accepted) for n, drafts, accepted in self.passes if drafts]
+        return [(each.before, each.drafts, each.accepted) for each in self.passes if each.drafts]
 
     def stats(self, prompt: Sequence[int]) -> dict[str, Any]:
         """Counts, times in seconds and per second, and what the drafts were worth.
@@ -80,7 +87,7 @@ class Continuation:
         passes = self.passes[1:]
         depths = max((len(each.drafts) for each in passes), default=0)
         drafted = [sum(len(each.drafts) > k for each in passes) for k in range(depths)]
-        kept = [sum(each.accepted > k for each in passes) for k in range(depths)]
+        kept = [sum(each.kept > k for each in passes) for k in range(depths)]
         new = len(self.tokens) - 1
         return {
             "prompt_tokens": len(prompt),

@@ -23,7 +23,7 @@ class Step(NamedTuple):
     tokens: list[int]  # at most 1 + accepted: cut at an end token and at the wanted length
     logits: Array  # [1+accepted, V], each row what the token there was chosen from
     drafts: list[int]  # what the MTP layers had proposed for this pass
-    accepted: int  # how many of them the main model would have chosen too
+    accepted: int  # how many of them the main model kept
     stop: str | None  # why the text ends here: "eos", "length" or "context"
 
 

@@ -14,7 +14,7 @@ def read_json(file: Path, kind: type = dict) -> Any:
     Raises InputError for a file that is missing, broken, or holds anything else.
     """
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = json.loads(file.read_text(encoding="utf-8-sig"))
         json.dumps(raw, ensure_ascii=False).encode()  # refuses half a character, such as \ud800
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {os_reason(error)}") from error

@@ -100,7 +100,7 @@ class Drafter:
     ) -> None:
         self.weights, self.config, self.count = weights, config, count
         specs = config.mtp_layers[:count]
-        self.caches = new_caches(specs, dtype, slack=count, longest=longest + count)
+        self.caches = new_caches(specs, dtype, slack=count, longest=max(longest, 2 * count))
         self.first = 0  # the first position where some depth lacks a true token
         self.states = np.empty((0, config.hidden_size), dtype)  # h^0 [rows, D] from there on
 

@@ -59,7 +59,7 @@ class ChatStream:
     follows.
     Source: the released chat template, read backwards.
     Differs: parsers that expect one token at a time lose calls when an accepted draft brings
-        several tags at once (vLLM #33690).
+        several tags at once (vLLM #33690). llama.cpp lets a `<tool_call>` end the thinking too.
     Checked by: tests/test_chat.py
     """
 

@@ -40,6 +40,8 @@ def distribution(logits: Array, seen: Sequence[int], how: Sampling) -> Array:
     if how.temperature == 0:
         probs[np.argmax(logits)] = 1
         return probs
+    if how.top_k == 0 and how.top_p == 1 and how.min_p == 0:
+        return softmax((logits - logits.max()) / how.temperature)
     order = np.argsort(-logits, kind="stable")[: how.top_k or None]  # [kept], likeliest first
     kept = softmax((logits[order] - logits[order[0]]) / how.temperature)
     if how.top_p < 1:  # a token stays while those before it have not reached top_p

@@ -69,7 +69,7 @@ def summary(stats: dict[str, Any]) -> str:
 
 def drafts_line(each: Pass) -> str:
     """One forward pass: the new tokens before it, and its drafts, those that were kept in []."""
-    marks = [f"[{n}]" if k < each.accepted else str(n) for k, n in enumerate(each.drafts)]
+    marks = [f"[{n}]" if k < each.kept else str(n) for k, n in enumerate(each.drafts)]
     return f"{each.before:>6}  {' '.join(marks) or 'no drafts'}"
 
 
@@ -83,7 +83,6 @@ class Display:
 
     def __init__(self, hide_thinking: bool = False) -> None:
         self._out, self._hides = sys.stdout, hide_thinking
-        self._on_terminal = sys.stdout.isatty()
         self._dims = _can_dim(self._out)
         self._kind = ""  # the kind of the last event
         self._in_line = False  # whether the last line is not ended
@@ -129,11 +128,16 @@ class Display:
 
     def _say(self, text: str) -> None:
         """Print the model's own words."""
-        self._put(text.translate(PICTURES) if self._on_terminal else text)
+        self._put(harmless(text, self._out))
         self._in_line = not text.endswith("\n")
 
     def _put(self, text: str) -> None:
         print(text, end="", file=self._out, flush=True)
+
+
+def harmless(text: str, stream: TextIO) -> str:
+    """What a model said, fit for `stream`: a terminal is shown control characters as pictures."""
+    return text.translate(PICTURES) if stream.isatty() else text
 
 
 def note(text: str, is_dim: bool = False) -> None:

@@ -19,6 +19,7 @@ PYTHON_TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
     "array": (list,),
 }
+MOST_REFERENCES = 20
 PYTHON_WORDS = {"True": True, "False": False, "None": None}
 
 Tools = Sequence[Mapping[str, Any]] | None
@@ -34,10 +35,11 @@ class ToolCall(NamedTuple):
 def objects(value: Any, place: str) -> Sequence[Mapping[str, Any]]:
     """`value`, found at `place`, if it is a list of objects. Raises InputError otherwise."""
     if not isinstance(value, (list, tuple)):
-        raise InputError(f"{place} is a {type(value).__name__}, expected a list of objects")
+        raise InputError(f"{place} is of type {type(value).__name__}, expected a list of objects")
     for n, item in enumerate(value):
         if not isinstance(item, Mapping):
-            raise InputError(f"{place}[{n}] is a {type(item).__name__}, expected an object")
+            found = type(item).__name__
+            raise InputError(f"{place}[{n}] is of type {found}, expected an object")
     return value
 
 
@@ -77,15 +79,16 @@ def write_call(call: Mapping[str, Any], place: str) -> str:
 
 
 def _arguments(value: Any, place: str) -> Mapping[str, Any]:
-    """Arguments as an object, from an object or from JSON text."""
+    """Arguments as an object, from an object, from JSON text, or from nothing at all."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json.loads(value or "{}")
         except (ValueError, RecursionError) as error:
             raise InputError(f"{place} is not valid JSON: {error}") from error
-    if not isinstance(value, Mapping):
-        raise InputError(f"{place} is a {type(value).__name__}, expected an object or its JSON")
-    return value
+    if not isinstance(value, (Mapping, type(None))):
+        found = type(value).__name__
+        raise InputError(f"{place} is of type {found}, expected an object or its JSON")
+    return value or {}
 
 
 def call_end(text: str) -> int:
@@ -122,7 +125,8 @@ def read_call(text: str, tools: Tools = None) -> ToolCall | None:
     whole = text.startswith(FUNCTION) and text.endswith(END_FUNCTION) and closed
     if not whole or not _is_name(name):
         return None
-    schemas = _schemas(name, tools)
+    parameters = _parameters(name, tools)
+    schemas = _mapping(parameters.get("properties"))
     arguments: dict[str, Any] = {}
     while rest := rest.strip():
         key, _, value = rest.removeprefix(PARAMETER).partition(">")
@@ -130,7 +134,7 @@ def read_call(text: str, tools: Tools = None) -> ToolCall | None:
         if not rest.startswith(PARAMETER) or end < 0 or not _is_name(key) or key in arguments:
             return None
         raw = value[:end].removeprefix("\n").removesuffix("\n")
-        arguments[key] = typed(raw, schemas.get(key))
+        arguments[key] = typed(raw, schemas.get(key), parameters)
         rest = value[end + len(END_PARAMETER) :]
     return ToolCall(name, arguments)
 
@@ -151,25 +155,26 @@ def _value_end(text: str) -> int:
     return end
 
 
-def _schemas(name: str, tools: Tools) -> Mapping[str, Any]:
-    """The schema of each parameter of the tool `name`; none where they are not known."""
+def _parameters(name: str, tools: Tools) -> Mapping[str, Any]:
+    """The schema of all parameters of the tool `name`; an empty one where it is not known."""
     for tool in tools or ():
         function = _mapping(_mapping(tool).get("function", tool))
         if function.get("name") == name:
-            return _mapping(_mapping(function.get("parameters")).get("properties"))
+            return _mapping(function.get("parameters"))
     return {}
 
 
-def typed(text: str, schema: Any) -> Any:
+def typed(text: str, schema: Any, root: Any = None) -> Any:
     """The value that `text` stands for under the JSON Schema of its parameter.
 
-    The types are those of `type`, `anyOf` and `oneOf`. Where none is known, or none but string
+    The types are those of `type`, `enum`, `const`, `anyOf`, `oneOf`, `allOf`, and of a `$ref` into
+    `root`, the schema of all parameters. Where none is known, or none but string
     fits, the value is the text itself: nothing is ever lost. Other types go before string, so "5"
     is a number where both are allowed: the other way round that choice could never be made.
     Differs: True, False and None count as true, false and null, since prompts spell them so.
     Checked by: tests/test_chat.py
     """
-    types = _types(schema)
+    types = _types(schema, root)
     try:
         word = text.strip()
         value = PYTHON_WORDS[word] if word in PYTHON_WORDS else json.loads(word)
@@ -182,15 +187,30 @@ def typed(text: str, schema: Any) -> Any:
     return value if fits else text
 
 
-def _types(schema: Any) -> set[str]:
+def _types(schema: Any, root: Any, depth: int = 0) -> set[str]:
     """The names of the types that `schema` allows at its top."""
     schema = _mapping(schema)
+    if depth > MOST_REFERENCES:  # a reference may lead back to itself
+        return set()
     kinds = schema.get("type")
     kinds = kinds if isinstance(kinds, list) else [kinds]
     names = {kind for kind in kinds if isinstance(kind, str)}
-    for choices in (schema.get("anyOf"), schema.get("oneOf")):
-        names.update(*map(_types, choices if isinstance(choices, list) else ()))
-    return names
+    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    for value in values if isinstance(values, list) else ():
+        names.update(kind for kind, types in PYTHON_TYPES.items() if type(value) in types)
+    choices = [schema.get(key) for key in ("anyOf", "oneOf", "allOf")]
+    inner = [choice for listed in choices if isinstance(listed, list) for choice in listed]
+    return names.union(*(_types(s, root, depth + 1) for s in [*inner, _referred(schema, root)]))
+
+
+def _referred(schema: Mapping[str, Any], root: Any) -> Any:
+    """What the `$ref` of a schema, such as `#/$defs/Place`, stands for in `root`; else nothing."""
+    path = schema.get("$ref")
+    if not isinstance(path, str) or not path.startswith("#/"):
+        return None
+    for key in path[2:].split("/"):
+        root = _mapping(root).get(key.replace("~1", "/").replace("~0", "~"))
+    return root
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -191,12 +191,15 @@ def test_decoding_holds_the_bytes_that_the_arithmetic_says(
     )
     assert sum(len(step.tokens) for step in steps) == 40
     main, drafting = made
-    longest = max(chunk, M + 1)
-    for caches, specs, extra in ((main, config.layers, 0), (drafting, config.mtp_layers, M)):
+    longest, rows = max(chunk, M + 1), max(chunk, M + 1, 2 * M)
+    for caches, specs, most in (
+        (main, config.layers, longest),
+        (drafting, config.mtp_layers, rows),
+    ):
         for cache, spec in zip(caches, specs, strict=False):
             positions = 60 + 40 + M  # the prompt, the new tokens and the drafts
             if spec.window is not None:
-                positions = spec.window - 1 + M + longest + extra
+                positions = spec.window - 1 + M + most
             size = 2 * positions * spec.groups * spec.head_dim * 4
             assert cache.nbytes == size, f"{spec.name}: {cache.nbytes} bytes, expected {size}"
     assert len(main) == len(config.layers) and len(drafting) == M

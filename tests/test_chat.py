@@ -222,20 +222,24 @@ def test_strings_stand_raw_mappings_and_lists_as_json_the_rest_as_python_prints_
 
 BAD_INPUT: list[tuple[Any, Any, str]] = [
     ([], None, "messages is empty, expected at least one message"),
-    ("Hi", None, "messages is a str, expected a list of objects"),
-    ([USER, "Hi"], None, "messages[1] is a str, expected an object"),
+    ("Hi", None, "messages is of type str, expected a list of objects"),
+    ([USER, "Hi"], None, "messages[1] is of type str, expected an object"),
     ([{"content": "Hi"}], None, "messages[0] has the role None, expected one of system, user"),
     ([USER, {"role": "dev"}], None, "messages[1] has the role 'dev', expected one of system, user"),
-    ([user(5)], None, "messages[0].content is a int, expected a list of objects"),
-    ([user(["a"])], None, "messages[0].content[0] is a str, expected an object"),
+    ([user(5)], None, "messages[0].content is of type int, expected a list of objects"),
+    ([user(["a"])], None, "messages[0].content[0] is of type str, expected an object"),
     ([user([{"text": "a"}])], None, "messages[0].content[0] has no type, expected text or image"),
     ([user([{"type": "text"}])], None, "messages[0].content[0] has the text None, expected a str"),
     (
         [assistant(tool_calls=3)],
         None,
-        "messages[0].tool_calls is a int, expected a list of objects",
+        "messages[0].tool_calls is of type int, expected a list of objects",
     ),
-    ([assistant(tool_calls=[3])], None, "messages[0].tool_calls[0] is a int, expected an object"),
+    (
+        [assistant(tool_calls=[3])],
+        None,
+        "messages[0].tool_calls[0] is of type int, expected an object",
+    ),
     ([assistant(tool_calls=[{}])], None, "messages[0].tool_calls[0] has the name None, expected a"),
     (
         [assistant(tool_calls=[{"function": None}])],
@@ -250,7 +254,7 @@ BAD_INPUT: list[tuple[Any, Any, str]] = [
     (
         [assistant(tool_calls=[called("[1]")])],
         None,
-        "messages[0].tool_calls[0] arguments is a list, expected an object or its JSON",
+        "messages[0].tool_calls[0] arguments is of type list, expected an object or its JSON",
     ),
     (
         [assistant(tool_calls=[called({1: "a"})])],
@@ -262,7 +266,7 @@ BAD_INPUT: list[tuple[Any, Any, str]] = [
         None,
         "messages[0].tool_calls[0] arguments.x cannot be written as JSON: Object of type object",
     ),
-    ([USER], ["weather"], "tools[0] is a str, expected an object"),
+    ([USER], ["weather"], "tools[0] is of type str, expected an object"),
     ([USER], [{"a": {1}}], "tools[0] cannot be written as JSON: Object of type set"),
 ]
 
@@ -430,7 +434,15 @@ TYPED: list[tuple[str, Any, Any]] = [
     ("5", {"type": ["string", "integer"]}, 5),
     ("5", {"anyOf": [{"type": "string"}, {"type": "integer"}]}, 5),
     ("[]", {"oneOf": [{"anyOf": [{"type": "array"}]}, {"type": "null"}]}, []),
-    ("5", {"enum": [5, 6]}, "5"),
+    ("5", {"enum": [5, 6]}, 5),
+    ("7", {"enum": ["7", "8"]}, "7"),
+    ("5", {"const": 5}, 5),
+    ("[1]", {"allOf": [{"type": "array"}]}, [1]),
+    ('{"a": 1}', {"$ref": "#/$defs/Place"}, {"a": 1}),
+    ('{"a": 1}', {"anyOf": [{"$ref": "#/$defs/Place"}, {"type": "null"}]}, {"a": 1}),
+    ("5", {"$ref": "#/$defs/Loop"}, "5"),
+    ("5", {"$ref": "#/nowhere/at/all"}, "5"),
+    ("5", {"$ref": "https://example.org/schema"}, "5"),
     ("5", {"type": "date"}, "5"),
     ("5", {"type": [3, {}], "anyOf": 7, "oneOf": [None]}, "5"),
     ("5", True, "5"),
@@ -442,7 +454,8 @@ TYPED: list[tuple[str, Any, Any]] = [
 def test_a_value_gets_a_type_of_its_schema_or_stays_text(
     text: str, schema: Any, expected: Any
 ) -> None:
-    got = typed(text, schema)
+    definitions = {"Place": {"type": "object"}, "Loop": {"$ref": "#/$defs/Loop"}}
+    got = typed(text, schema, {"$defs": definitions})
     assert (got, type(got)) == (expected, type(expected))
 
 

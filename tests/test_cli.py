@@ -317,7 +317,7 @@ def test_missing_conversations_and_tools_are_refused(tmp_path: Path, refused: Re
     naming = (str(tools), "cannot be read")
     refused("generate", "--chat-messages", file, "--tools", tools, naming=naming)
     tools.write_text("[3]")
-    refused("generate", "--chat-messages", file, "--tools", tools, naming=("tools[0]", "object"))
+    refused("generate", "--chat-messages", file, "--tools", tools, naming=(f"{tools}[0]", "object"))
     refused("generate", "--prompt", "a", "--tools", tools, naming=("--tools", "--chat-messages"))
     naming = (str(MODEL / "tokenizer.json"), "--chat-messages")
     refused("generate", "--model", MODEL, "--chat-messages", file, naming=naming)
@@ -580,6 +580,52 @@ def test_a_full_output_is_one_line() -> None:
     with Path("/dev/full").open("w") as full:
         ran = process("inspect", "tiny", stdout=full)
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "space" in ran.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell that closes streams")
+@pytest.mark.parametrize("command", ["generate --prompt a --max-tokens 2", "inspect tiny", "chat"])
+def test_a_closed_stdout_is_one_line(command: str) -> None:
+    shell = f"echo a | '{sys.executable}' -m minstep {command} >&-"
+    ran = subprocess.run(["sh", "-c", shell], stderr=subprocess.PIPE, text=True, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("minstep: stdout is closed") and ran.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell that closes streams")
+def test_a_closed_stderr_leaves_stdout_as_it_was() -> None:
+    shell = f"'{sys.executable}' -m minstep generate --prompt a --max-tokens 2 --json 2>&-"
+    ran = subprocess.run(["sh", "-c", shell], stdout=subprocess.PIPE, text=True, check=False)
+    assert ran.returncode == 0 and len(json.loads(ran.stdout)["tokens"]) == 2
+
+
+def test_json_says_the_same_text_in_any_encoding() -> None:
+    arguments = ("generate", "--prompt", "Once", "--max-tokens", "60", "--json", "--ignore-eos")
+    texts = []
+    for encoding in ("utf-8", "ascii"):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        command = [sys.executable, "-m", "minstep", *arguments]
+        ran = subprocess.run(command, env=environment, capture_output=True, check=True)
+        texts.append(json.loads(ran.stdout.decode(encoding))["text"])
+    assert texts[0] == texts[1] and not texts[0].isascii()
+
+
+def test_ctrl_c_while_generating_ends_the_line_and_says_what_was_done(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = minstep.commands.decode_steps
+
+    def breaks(*arguments: Any) -> Any:
+        for n, step in enumerate(real(*arguments)):
+            if n == 3:
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(minstep.commands, "decode_steps", breaks)
+    arguments = ("generate", "--model", MODEL, "--tokens", PROMPT, "--ignore-eos", "--no-mtp")
+    ran = run(*arguments)
+    assert ran.code == 130 and ran.out == ",".join(map(str, META["greedy"][:3])) + "\n"
+    assert "stop: interrupted" in ran.err
+    assert run(*arguments, "--json") == (130, "", "")
 
 
 def test_text_that_the_output_cannot_show_is_replaced() -> None:

@@ -179,7 +179,7 @@ def test_a_prompt_over_the_context_is_refused_and_a_shorter_one_answered() -> No
     ("options", "naming"),
     [
         ({"system": "\udcff"}, "cannot be encoded"),
-        ({"tools": ["weather"]}, r"tools\[0\] is a str"),
+        ({"tools": ["weather"]}, r"tools\[0\] is of type str"),
         ({"tools": [{"name": object()}]}, r"tools\[0\] cannot be written as JSON"),
     ],
 )
@@ -333,7 +333,7 @@ def test_chat_is_refused_before_the_work(
 ) -> None:
     file = tmp_path / "tools.json"
     file.write_text("[1]")
-    refused("chat", "--tools", file, naming=("tools[0]", "int"))
+    refused("chat", "--tools", file, naming=(f"{file}[0]", "int"))
     refused("chat", "--tools", tmp_path / "no.json", naming=("no.json",))
     refused("chat", "--num-draft-tokens", 4, naming=("--num-draft-tokens", "3 MTP layers"))
     refused("chat", "--model", single, naming=("tokenizer.json", "missing", "chat"))

@@ -183,6 +183,7 @@ def test_the_joint_distribution_of_new_tokens_is_exactly_the_plain_one(
 ) -> None:
     weights, config = small(vocabulary, depths)
     accepted = same_joint([1, 0, 2, 2, 1], weights, config, new, how, depths)
+    same_joint([0, 0], weights, config, new, how, depths)  # a penalty meets tokens not yet seen
     if how == HOWS[0]:
         assert accepted == set(range(depths + 1)), "every number of drafts is kept in some way"
 

@@ -253,6 +253,7 @@ def test_the_summary_leaves_out_what_there_is_not() -> None:
 
 
 def test_drafts_that_were_kept_stand_in_brackets() -> None:
-    assert drafts_line(Pass(7, [5, 250, 9], 2)) == "     7  [5] [250] 9"
-    assert drafts_line(Pass(1234, [5], 0)) == "  1234  5"
-    assert drafts_line(Pass(0, [], 0)) == "     0  no drafts"
+    assert drafts_line(Pass(7, [5, 250, 9], 2, 3)) == "     7  [5] [250] 9"
+    assert drafts_line(Pass(7, [5, 250, 9], 2, 1)) == "     7  [5] 250 9"
+    assert drafts_line(Pass(1234, [5], 0, 1)) == "  1234  5"
+    assert drafts_line(Pass(0, [], 0, 1)) == "     0  no drafts"
