@@ -13,7 +13,7 @@ from minstep.rope import Rotation, rotate
 from minstep.tap import Array, Tap, silent
 
 ROWS, KEYS = 512, 2048  # of a block: 4 MB of scores in float32, which stay in cache
-LARGE = ROWS * KEYS  # more scores than this are never held at once
+LARGE = ROWS * KEYS  # more scores are held at once only for a tap that wants them
 
 
 class AttentionWeights(NamedTuple):

@@ -57,7 +57,7 @@ class Checkpoint(NamedTuple):
         """The tensor as a read-only view of its map: float32 array or BF16Array; nothing is read.
 
         Raises InputError when it is missing, or its shape or dtype is not what the config says.
-        The router's gate and bias may be float32 in a bfloat16 checkpoint, as on the hub.
+        The router's gate and bias may be float32 or bfloat16 in any checkpoint: both are seen.
         """
         tensor = self.tensors.get(name)
         if tensor is None:
@@ -70,7 +70,7 @@ class Checkpoint(NamedTuple):
             {HUB_DTYPES[self.config.torch_dtype]} if self.config.torch_dtype else {"F32", "BF16"}
         )
         if name.endswith((".moe.gate.weight", ".moe.router_bias")):
-            allowed |= {"F32"}
+            allowed |= {"F32", "BF16"}
         if tensor.dtype not in allowed:
             expected = " or ".join(sorted(allowed))
             raise InputError(f"{where} has dtype {tensor.dtype}, expected {expected} by the config")
@@ -93,11 +93,12 @@ class Checkpoint(NamedTuple):
         return weights
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path | str) -> Checkpoint:
     """Open the hub-layout folder at `path`: config, index and headers are read and checked.
 
     Raises InputError, naming the file and what was expected, for whatever is missing or malformed.
     """
+    path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: is not a folder, expected a checkpoint in hub layout")
     config = load_config(path)

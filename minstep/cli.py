@@ -3,14 +3,19 @@
 import argparse
 import io
 import os
+import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from minstep import commands
-from minstep.files import InputError, abandon_stdout
+from minstep.files import InputError, abandon_stdout, os_reason
 
 FLOATS: dict[str, Any] = {"choices": ("float32", "float64"), "default": "float32"}
 
@@ -32,8 +37,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # its encoding may lack a character
+    with suppress(ValueError):  # only the main thread may; without it nothing would be tidied up
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        args.run(args)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name
+            args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
@@ -41,7 +49,11 @@ def main(argv: list[str] | None = None) -> int:
         abandon_stdout()
         return 141
     except (InputError, OSError, MemoryError) as error:
-        print("minstep:", *(str(error) or "out of memory").split(), file=sys.stderr)
+        text = str(error) or "out of memory"
+        if isinstance(error, OSError):
+            text = f"{error.filename or 'stdout'}: {os_reason(error)}"
+        with suppress(OSError):  # stderr may be what is full
+            print("minstep:", *text.split(), file=sys.stderr)
         abandon_stdout()
         return 2
     return 0
@@ -49,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _given_or_read(text: str) -> str:
     """The text itself, or for a dash all of stdin."""
+    if text == "-" and sys.stdin is None:
+        raise argparse.ArgumentTypeError("stdin is closed")
     try:
         return sys.stdin.read() if text == "-" else text
     except ValueError as error:
@@ -57,17 +71,17 @@ def _given_or_read(text: str) -> str:
 
 def _token_ids(text: str) -> list[int]:
     text = _given_or_read(text)
-    try:
-        return [int(part) for part in text.split(",")] if text.strip() else []
-    except ValueError:
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    if not all(re.fullmatch("-?[0-9]{1,4000}", part) for part in parts):
         message = f"{text!r:.80} is not a list of token ids, expected such as 5,17,9"
-        raise argparse.ArgumentTypeError(message) from None
+        raise argparse.ArgumentTypeError(message)
+    return [int(part) for part in parts]
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:
     def whole_number(text: str) -> int:
-        if not text.strip().isdecimal() or int(text) < minimum:
-            message = f"{text!r}: expected a whole number of at least {minimum}"
+        if not re.fullmatch("[0-9]{1,18}", text.strip()) or int(text) < minimum:
+            message = f"{text!r:.80}: expected a whole number of at least {minimum}"
             raise argparse.ArgumentTypeError(message)
         return int(text)
 
@@ -87,6 +101,10 @@ def _number(expected: str, holds: Callable[[float], bool]) -> Callable[[str], fl
     return number
 
 
+def _path(text: str) -> Path:
+    return Path(_not_empty(text))
+
+
 def _not_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("'': expected a text that is not empty")
@@ -95,7 +113,7 @@ def _not_empty(text: str) -> str:
 
 def _decoding_flags(add: argparse.ArgumentParser, temp: float, top_p: float, most: int) -> None:
     """The flags of every command that generates; where mlx-lm has them, names are its."""
-    add.add_argument("--model", type=Path, metavar="DIR", help="checkpoint in hub layout")
+    add.add_argument("--model", type=_path, metavar="DIR", help="checkpoint in hub layout")
     text = f"most tokens to generate ({most})"
     add.add_argument("--max-tokens", type=_at_least(0), default=most, metavar="N", help=text)
     text = "end before this text; may be given several times"
@@ -114,7 +132,8 @@ def _decoding_flags(add: argparse.ArgumentParser, temp: float, top_p: float, mos
     how.add_argument("--top-k", type=_at_least(0), default=0, metavar="K", help=text)
     within, text = _number("from 0 to 1", lambda x: 0 <= x <= 1), "as a share of the likeliest (0)"
     how.add_argument("--min-p", type=within, default=0.0, metavar="P", help=text)
-    positive, text = _number("above 0", lambda x: x > 0), "of tokens in the text so far (1, none)"
+    text = "of tokens in the text so far (1, none)"
+    positive = _number("from 0.01 to 100", lambda x: 0.01 <= x <= 100)
     how.add_argument("--repetition-penalty", type=positive, default=1.0, metavar="X", help=text)
     how.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of the draws (0)")
 
@@ -134,7 +153,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[..., None], text: str, example: str) -> Any:
         epilog = f"example: minstep {name} {example}"
-        added = listed.add_parser(name, help=text, description=text, epilog=epilog)
+        added = listed.add_parser(
+            name, help=text, description=text, epilog=epilog, allow_abbrev=False
+        )
         added.set_defaults(run=run)
         return added
 
@@ -146,9 +167,9 @@ def _parser() -> argparse.ArgumentParser:
     text = "the prompt as token ids, such as 5,17,9; - reads them from stdin"
     prompt.add_argument("--tokens", type=_token_ids, metavar="IDS", help=text)
     messages = "a conversation, as a JSON array of messages"
-    prompt.add_argument("--chat-messages", type=Path, metavar="FILE.json", help=messages)
+    prompt.add_argument("--chat-messages", type=_path, metavar="FILE.json", help=messages)
     tools = "what the model may call, as a JSON array; with --chat-messages"
-    add.add_argument("--tools", type=Path, metavar="FILE.json", help=tools)
+    add.add_argument("--tools", type=_path, metavar="FILE.json", help=tools)
     _decoding_flags(add, temp=0.0, top_p=1.0, most=100)
     logs = "log-probabilities of each token and of the N likeliest"
     add.add_argument("--logprobs", type=_at_least(0), default=0, metavar="N", help=logs)
@@ -161,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "what the model is told before all else"
     add.add_argument("--system", "--system-prompt", metavar="TEXT", help=text)
     tools = "what the model may call, as a JSON array"
-    add.add_argument("--tools", type=Path, metavar="FILE.json", help=tools)
+    add.add_argument("--tools", type=_path, metavar="FILE.json", help=tools)
     text = "show answers without the thinking before them"
     add.add_argument("--hide-thinking", action="store_true", help=text)
     _decoding_flags(add, temp=0.6, top_p=0.95, most=2048)
@@ -171,21 +192,23 @@ def _parser() -> argparse.ArgumentParser:
         "--model DIR --tokens 5,17,9 --out trace.safetensors",
     )
     add = command("trace", commands.run_trace, text, example)
-    add.add_argument("--model", type=Path, required=True, metavar="DIR")
+    add.add_argument("--model", type=_path, required=True, metavar="DIR")
     add.add_argument("--tokens", type=_token_ids, required=True, metavar="IDS")
     add.add_argument("--dtype", **FLOATS)
-    add.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+    add.add_argument("--out", type=_path, required=True, metavar="FILE.safetensors")
 
     text, example = "write a random checkpoint", "tiny --out DIR --seed 1"
     add = command("make-tiny", commands.run_make_tiny, text, example)
-    add.add_argument("config", metavar="CONFIG_NAME_OR_DIR")
-    add.add_argument("--out", type=Path, required=True, metavar="DIR")
+    add.add_argument("config", type=_not_empty, metavar="CONFIG_NAME_OR_DIR")
+    add.add_argument("--out", type=_path, required=True, metavar="DIR")
     add.add_argument("--seed", type=_at_least(0), default=0, metavar="N")
     add.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     add.add_argument("--shards", type=_at_least(1), default=1, metavar="N")
 
     text = "show layers, shapes, bytes, parameters"
     add = command("inspect", commands.run_inspect, text, "step-3.5-flash")
-    add.add_argument("model", metavar="DIR", help="checkpoint, config.json, or a shipped name")
+    add.add_argument(
+        "model", type=_not_empty, metavar="DIR", help="checkpoint, config.json, or a shipped name"
+    )
     add.add_argument("--json", action="store_true")
     return parser

@@ -19,7 +19,7 @@ from minstep.config import Config, load_config, parse_config
 from minstep.configs import find_config
 from minstep.continuation import Continuation
 from minstep.conversation import Conversation, talk
-from minstep.files import InputError, atomic_file, check_space
+from minstep.files import InputError, atomic_file, check_space, is_of_checkpoint
 from minstep.generate import Step, check_prompt, steps
 from minstep.keys import read_json
 from minstep.lab.inspect import inspect, table
@@ -200,6 +200,8 @@ def run_trace(args: Namespace) -> None:
     """Write every named tensor of a forward pass."""
     model = open_model(args.model)
     check_prompt(args.tokens, model.config)
+    if is_of_checkpoint(args.out, args.model):
+        raise InputError(f"{args.out}: belongs to the checkpoint, expected another file")
     with atomic_file(args.out) as temporary:  # first, so that a bad path is refused before the work
         trace = record(args.tokens, model.load(), model.config, np.dtype(args.dtype))
         save_trace(trace, args.tokens, temporary)

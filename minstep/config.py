@@ -7,7 +7,8 @@ another one. All of that ends here: below this file no component parses or branc
 Source: config.json and configuration_step3p5.py of the released checkpoint
         (huggingface.co/stepfun-ai/Step-3.5-Flash).
 Differs: the class defaults of the released configuration disagree with the released config.json,
-        so a missing key is an error here, never a default.
+        so a missing key is an error here, never a default. Absent may be `torch_dtype`,
+        `eos_token_id` and `attention_other_setting` (there is none), `yarn_only_types` (all kinds).
 Checked by: tests/test_config.py
 """
 
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 from minstep.keys import Keys, read_json
 
+MOST_LAYERS = 10_000
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -83,8 +85,9 @@ class Config(NamedTuple):
     mtp_layers: tuple[LayerSpec, ...]
 
 
-def load_config(path: Path) -> Config:
+def load_config(path: Path | str) -> Config:
     """Read `path`, a config.json or the folder that holds one. Raises InputError naming the key."""
+    path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     return parse_config(read_json(file), str(file))
 
@@ -108,8 +111,9 @@ def parse_config(raw: dict[str, Any], source: str = "config.json") -> Config:
     eos = raw.get("eos_token_id", ())
     eos = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
     keys.require("eos_token_id", all(type(i) is int and i >= 0 for i in eos), "expected token ids")
-    main = keys.integer("num_hidden_layers")
-    layers = _layers(keys, main, keys.integer("num_nextn_predict_layers", minimum=0))
+    main = keys.integer("num_hidden_layers", maximum=MOST_LAYERS)
+    depths = keys.integer("num_nextn_predict_layers", minimum=0, maximum=MOST_LAYERS)
+    layers = _layers(keys, main, depths)
     return Config(
         hidden_size=keys.integer("hidden_size"),
         vocab_size=keys.integer("vocab_size"),

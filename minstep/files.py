@@ -15,7 +15,8 @@ try:
 except ImportError:  # Windows
     resource = None
 
-# Everything make-tiny writes: a folder holding nothing else may be replaced by a new checkpoint.
+# What make-tiny writes. A folder of nothing else, with this mark in its shards, may be replaced.
+MADE_BY = "minstep make-tiny"
 OUR_FILES = ("config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json")
 
 
@@ -36,21 +37,24 @@ def os_reason(error: OSError) -> str:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, and rename it to `path` when the block ends well.
 
-    Any exception, Ctrl-C included, removes the temporary file and leaves `path` as it was.
-    Raises InputError when the file cannot be written.
+    Any exception, Ctrl-C included, removes the temporary file and leaves `path` as it was. A link
+    is followed. Raises InputError when the file cannot be written.
     """
     temporary: Path | None = None
     try:
-        if path.is_dir():
+        target = path.resolve()
+        if target.is_dir():
             raise InputError(f"{path}: cannot be written: it is a directory")
-        if path.exists() and not path.is_file():  # the rename would replace even /dev/null
+        if target.exists() and not target.is_file():  # the rename would replace even /dev/null
             raise InputError(f"{path}: cannot be written: it is a device, expected a file")
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{path.name}.")
         os.close(handle)
         temporary = Path(name)
         yield temporary
         temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
+    except RuntimeError as error:  # how Python 3.12 and older report a link to itself
+        raise InputError(f"{path}: cannot be written: {error}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {os_reason(error)}") from error
     finally:
@@ -62,18 +66,22 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path`, and rename it to `path` when the block ends well.
 
-    A folder that is already at `path` is replaced only if it is empty or holds nothing but a
-    checkpoint. Raises InputError when it holds anything else or cannot be written.
+    A folder that is already at `path` is replaced only if it is empty or make-tiny has made it. A
+    link is followed. Raises InputError when it holds anything else or cannot be written.
     """
     temporary: Path | None = None
+    name, path = str(path), Path(os.path.realpath(path))
     try:
         if path.exists() and not path.is_dir():
-            raise InputError(f"{path}: cannot be written: it is a file, expected a new folder")
-        for entry in path.iterdir() if path.exists() else ():
-            ours = any(entry.match(pattern) for pattern in OUR_FILES)
-            if not (ours and entry.is_file()):
-                raise InputError(f"{path}: holds {entry.name}, expected a new or empty folder")
-        temporary = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix=f".{path.name}."))
+            raise InputError(f"{name}: cannot be written: it is a file, expected a new folder")
+        entries = sorted(path.iterdir()) if path.exists() else []
+        foreign = [entry for entry in entries if not _is_ours(entry)]
+        if not any(entry.suffix == ".safetensors" for entry in entries):
+            foreign += entries  # a config alone is somebody's own
+        if foreign:
+            message = f"{foreign[0].name}, which make-tiny did not write"
+            raise InputError(f"{name}: holds {message}, expected a new or empty folder")
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         new = temporary / "new"
         new.mkdir()
         yield new
@@ -86,10 +94,25 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 (temporary / "old").rename(path)
             raise
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {os_reason(error)}") from error
+        raise InputError(f"{name}: cannot be written: {os_reason(error)}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_ours(entry: Path) -> bool:
+    """Whether make-tiny may have written a file: its name fits, and a shard says so itself."""
+    if not entry.is_file() or not any(entry.match(pattern) for pattern in OUR_FILES):
+        return False
+    with entry.open("rb") as opened:
+        return entry.suffix != ".safetensors" or MADE_BY.encode() in opened.read(200)
+
+
+def is_of_checkpoint(file: Path, folder: Path) -> bool:
+    """Whether `file` is where a checkpoint in `folder` has a file of its own."""
+    target = Path(os.path.realpath(file))
+    is_inside = target.parent == Path(os.path.realpath(folder))
+    return is_inside and any(target.match(pattern) for pattern in OUR_FILES)
 
 
 def check_space(path: Path, needed: int) -> None:

@@ -29,7 +29,7 @@ class Step(NamedTuple):
 
 def check_prompt(tokens: Sequence[int], config: Config) -> None:
     """Raise InputError for an empty prompt, one over the context, or an id out of range."""
-    if not tokens:
+    if len(tokens) == 0:
         raise InputError("the prompt is empty, expected at least one token")
     if len(tokens) > config.max_positions:
         raise InputError(
@@ -86,7 +86,7 @@ def steps(
     Each step drafts `num_draft_tokens` tokens (None: one for each MTP layer), runs them through the
     main model at once, and keeps those it would have chosen. Greedy tokens are those without
     drafts, sampled ones have the same distribution. The same arguments and the same state of `rng`
-    give the same steps. Raises InputError for a bad prompt.
+    give the same steps. Raises InputError for a bad prompt, and for logits that are not finite.
     Source: report section 2 (MTP-3); speculative sampling, arXiv 2211.17192.
     Checked by: tests/test_generate.py, tests/test_drafts.py
     """
@@ -107,6 +107,9 @@ def steps(
     ends = () if ignore_eos else config.eos_token_ids
     stop = None
     while not stop:
+        if not np.isfinite(logits).all():
+            after = f"after {len(tokens)} tokens"
+            raise InputError(f"the logits {after} are not finite, expected weights without NaN")
         accepted, token = verify(drafts, q, logits, tokens, how, rng)
         for cache in caches:
             cache.truncate(len(tokens) + accepted)

@@ -54,12 +54,12 @@ class Keys:
         self.require(key, isinstance(self.get(key), dict), "expected an object")
         return Keys(self.raw[key], f"{self.source}: {key}")
 
-    def integer(self, key: str, minimum: int = 1) -> int:
-        """An integer of at least `minimum`."""
+    def integer(self, key: str, minimum: int = 1, maximum: int = MAX_INTEGER) -> int:
+        """An integer from `minimum` to `maximum`."""
         value = self.get(key)
         good = type(value) is int and value >= minimum
         self.require(key, good, f"expected an integer of at least {minimum}")
-        self.require(key, value <= MAX_INTEGER, f"expected at most {MAX_INTEGER}")
+        self.require(key, value <= maximum, f"expected at most {maximum}")
         return int(value)
 
     def number(self, key: str) -> float:

@@ -53,14 +53,16 @@ class ModelWeights(NamedTuple):
 def embed(tokens: Sequence[int], embed_tokens: Weight, dtype: DTypeLike) -> Array:
     """Rows of the embedding table: T token ids -> [T, D] in `dtype`. Nothing is scaled.
 
-    Raises InputError for an id that is not in the vocabulary.
+    Raises InputError for no ids at all, and for an id that is not in the vocabulary.
     """
-    ids = np.asarray(tokens, dtype=np.intp)  # [T]
+    ids = np.asarray(tokens)  # [T]
     V = embed_tokens.shape[0]
+    if ids.size == 0 or ids.dtype.kind not in "iuO":
+        raise InputError(f"tokens are {list(tokens)!r:.80}, expected one or more integer ids")
     if ids.size and not 0 <= ids.min() <= ids.max() < V:
         bad = ids[(ids < 0) | (ids >= V)][0]  # NumPy would take a negative id from the end
         raise InputError(f"token id {bad} is out of range, expected 0 to {V - 1}")
-    return as_float(embed_tokens[ids], dtype)  # [T, D]
+    return as_float(embed_tokens[ids.astype(np.intp)], dtype)  # [T, D]
 
 
 def block(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from minstep.attention import AttentionWeights
 from minstep.bf16 import BF16Array, to_bf16
 from minstep.config import Config, LayerSpec
-from minstep.files import InputError, atomic_folder
+from minstep.files import MADE_BY, InputError, atomic_folder
 from minstep.linear import Weight
 from minstep.mlp import MLPWeights
 from minstep.model import BlockWeights, ModelWeights, MTPWeights
@@ -187,7 +187,7 @@ def _write_shard(file: Path, shapes: dict[str, Shape], dtype: str, drawn: Drawn)
     so that every tensor is aligned. router_bias stays float32.
     """
     wide = {name: dtype == "float32" or name.endswith("router_bias") for name in shapes}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "made_by": MADE_BY}}
     reached = 0
     for name in sorted(shapes, key=lambda name: not wide[name]):
         end = reached + math.prod(shapes[name]) * (4 if wide[name] else 2)

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from minstep import find_config, load_config, open_checkpoint
+from minstep.bf16 import to_bf16
 from minstep.checkpoint import INDEX, read_header
 from minstep.cli import main
 from minstep.config import Config, parse_config
@@ -74,7 +75,7 @@ def test_the_safetensors_package_reads_what_is_written(form: str, made: Path) ->
     dtypes: dict[str, str] = {}
     for file in sorted((made / form).glob("*.safetensors")):
         with safe_open(file, "numpy") as opened:
-            assert opened.metadata() == {"format": "pt"}
+            assert opened.metadata() == {"format": "pt", "made_by": "minstep make-tiny"}
             for name in opened.keys():  # noqa: SIM118  (it is no mapping)
                 names[name] = file.name
                 dtypes[name] = opened.get_slice(name).get_dtype()
@@ -128,6 +129,32 @@ def test_shards_are_found_by_the_index_whatever_they_are_called(name: str) -> No
     assert files == {"model-00001.safetensors", "model-00002-of-00002.safetensors"}
     assert checkpoint.tensors.keys() >= tensor_shapes(checkpoint.config).keys()
     assert checkpoint.weights().lm_head.shape[0] == checkpoint.config.vocab_size
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+def test_the_router_may_be_stored_in_either_dtype(form: str, made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made / form, tmp_path / "mixed")
+    checkpoint = open_checkpoint(folder)
+    name = "model.layers.2.moe.gate.weight"
+    stored = checkpoint.tensors[name]
+    raw = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    begin, end = header[name]["data_offsets"]
+    gate = np.asarray(checkpoint.get(name, stored.shape), np.float32)
+    other = to_bf16(gate).tobytes() if stored.dtype == "F32" else gate.tobytes()
+    header[name]["dtype"] = "BF16" if stored.dtype == "F32" else "F32"
+    for entry in header.values():
+        span = entry.get("data_offsets", [0, 0])
+        if span[0] >= end:
+            entry["data_offsets"] = [n + len(other) - (end - begin) for n in span]
+    header[name]["data_offsets"] = [begin, begin + len(other)]
+    text = json.dumps(header).encode()
+    data = data[:begin] + other + data[end:]
+    whole = len(text).to_bytes(8, "little") + text + data
+    (folder / "model.safetensors").write_bytes(whole)
+    again = tensors(folder)
+    assert all(np.array_equal(x, again[name]) for name, x in tensors(made / form).items())
 
 
 def test_tensors_the_config_does_not_ask_for_are_left_alone(sharded: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -377,6 +378,13 @@ def test_a_tokenizer_of_another_model_is_refused_by_its_token(tiny: Path, refuse
         (("make-tiny", "tiny", "--out", "x", "--shards", "0"), ("--shards", "0")),
         (("make-tiny", "tiny", "--out", "x", "--dtype", "float64"), ("--dtype", "bfloat16")),
         (("inspect",), ("DIR",)),
+        (("inspect", ""), ("not empty",)),
+        (("trace", "--model", "", "--tokens", "4", "--out", "x"), ("--model", "not empty")),
+        (("generate", "--tok", "4"), ("--tokens",)),
+        (("generate", "--tokens", "1_0"), ("--tokens", "1_0")),
+        (("generate", "--tokens", "٣"), ("--tokens", "٣")),
+        (("generate", "--tokens", "4", "--seed", "9" * 5000), ("--seed", "whole number")),
+        (("generate", "--tokens", "4", "--repetition-penalty", "1e-320"), ("from 0.01",)),
     ],
 )
 def test_wrong_use_is_refused_in_one_line(
@@ -428,6 +436,41 @@ def test_a_folder_with_foreign_files_is_refused_and_left_alone(
     before = names(tiny)
     refused("make-tiny", "odd", "--out", tiny, naming=(str(tiny), name.rstrip("/"), "empty"))
     assert names(tiny) == before and names(tiny.parent) == ["tiny"]
+
+
+def test_a_checkpoint_of_another_maker_is_never_replaced(
+    single: Path, tmp_path: Path, refused: Refused
+) -> None:
+    before = {path.name: path.read_bytes() for path in single.iterdir()}
+    naming = (str(single), "model.safetensors", "did not write")
+    refused("make-tiny", "tiny", "--out", single, naming=naming)
+    out = single / "model.safetensors"
+    arguments = ("trace", "--model", single, "--tokens", "4", "--out")
+    refused(*arguments, out, naming=(str(out), "belongs to the checkpoint"))
+    (tmp_path / "link").symlink_to(out)
+    refused(*arguments, tmp_path / "link", naming=("link", "belongs to the checkpoint"))
+    assert {path.name: path.read_bytes() for path in single.iterdir()} == before
+
+
+def test_a_config_alone_is_never_replaced(tmp_path: Path, refused: Refused) -> None:
+    shutil.copy(find_config("tiny") / "config.json", tmp_path)
+    refused("make-tiny", tmp_path, "--out", tmp_path, naming=("holds config.json", "empty folder"))
+    assert names(tmp_path) == ["config.json"]
+
+
+def test_an_output_that_is_a_link_is_followed(tmp_path: Path, run: Run, refused: Refused) -> None:
+    kept, link, loop = tmp_path / "kept", tmp_path / "link", tmp_path / "loop"
+    kept.write_text("old")
+    link.symlink_to(kept)
+    loop.symlink_to(loop)
+    assert run("trace", "--model", MODEL, "--tokens", "4", "--out", link).code == 0
+    assert link.is_symlink() and "lm_head" in load_file(kept)
+    naming = (str(loop), "cannot be written")
+    refused("trace", "--model", MODEL, "--tokens", "4", "--out", loop, naming=naming)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "to folder").symlink_to(tmp_path / "folder")
+    assert run("make-tiny", "odd", "--out", tmp_path / "to folder").code == 0
+    assert (tmp_path / "to folder").is_symlink() and names(tmp_path / "folder")
 
 
 def test_more_shards_than_tensors_are_refused(tmp_path: Path, refused: Refused) -> None:
@@ -575,11 +618,32 @@ def test_the_module_runs_as_the_command_does() -> None:
     assert ran.stderr.startswith("minstep: no-such-model: ") and ran.stderr.count("\n") == 1
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_a_terminated_make_tiny_leaves_nothing(tmp_path: Path) -> None:
+    large = json.loads((find_config("tiny") / "config.json").read_text())
+    large |= {"hidden_size": 1024, "vocab_size": 60_000}
+    (tmp_path / "config.json").write_text(json.dumps(large))
+    command = [sys.executable, "-m", "minstep", "make-tiny", str(tmp_path), "--out"]
+    writing = subprocess.Popen([*command, str(tmp_path / "out")], stderr=subprocess.PIPE)
+    while len(names(tmp_path)) == 1 and writing.poll() is None:
+        time.sleep(0.01)
+    writing.terminate()
+    assert writing.wait(60) == 143 and names(tmp_path) == ["config.json"]
+    assert writing.stderr and writing.stderr.read() == b""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell that closes streams")
+def test_closed_stdin_is_refused_in_one_line() -> None:
+    shell = f"'{sys.executable}' -m minstep generate --tokens - <&-"
+    ran = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=False)
+    assert ran.returncode == 2 and "stdin is closed" in ran.stderr and ran.stderr.count("\n") == 1
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_output_is_one_line() -> None:
     with Path("/dev/full").open("w") as full:
         ran = process("inspect", "tiny", stdout=full)
-    assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "space" in ran.stderr
+    assert ran.returncode == 2 and ran.stderr == "minstep: stdout: No space left on device\n"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell that closes streams")

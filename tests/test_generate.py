@@ -95,3 +95,22 @@ def test_any_text_comes_back_whole_and_a_character_is_never_split() -> None:
     stream = StreamingText(tokenizer)
     pieces = [stream.add(token) for token in ids]
     assert "".join(pieces) == text and "🙂" in pieces
+
+
+@pytest.mark.parametrize("tokens", [[], [1.7], ["5"]])
+def test_what_are_no_token_ids_is_refused(tokens: list[int]) -> None:
+    with pytest.raises(minstep.InputError, match="integer ids"):
+        decoder(tokens, WEIGHTS, CONFIG)
+
+
+def test_weights_that_are_not_numbers_end_in_an_error_and_not_in_tokens() -> None:
+    broken = WEIGHTS._replace(norm=np.full_like(np.asarray(WEIGHTS.norm), np.nan))
+    with pytest.raises(minstep.InputError, match="after 11 tokens are not finite"):
+        list(minstep.generate(PROMPT, broken, CONFIG, np.random.default_rng(0)))
+
+
+def test_paths_may_be_strings() -> None:
+    folder = str(minstep.find_config("odd"))
+    assert minstep.load_config(folder) == minstep.load_config(minstep.find_config("odd"))
+    with pytest.raises(minstep.InputError, match="holds no weights"):
+        minstep.open_checkpoint(folder)

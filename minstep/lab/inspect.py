@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from minstep.checkpoint import BYTES, HUB_DTYPES, INDEX, SINGLE, open_checkpoint
+from minstep.checkpoint import BYTES, HUB_DTYPES, open_checkpoint
 from minstep.config import Config, load_config
 from minstep.weights import tensor_shapes
 
@@ -22,7 +22,7 @@ def inspect(path: Path) -> dict[str, Any]:
     shapes = tensor_shapes(config)
     stored = HUB_DTYPES.get(config.torch_dtype or "", "BF16")
     dtypes = {n: "F32" if n.endswith("router_bias") else stored for n in shapes}
-    has_weights = path.is_dir() and any((path / name).exists() for name in (INDEX, SINGLE))
+    has_weights = path.is_dir() and any(path.glob("*.safetensors*"))
     if has_weights:
         checkpoint = open_checkpoint(path)
         checkpoint.weights()  # every shape and dtype is checked
