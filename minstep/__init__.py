@@ -1,7 +1,7 @@
 """Step 3.5 Flash in plain NumPy: every layer is a pure function that reads like its maths.
 
 Reading order: config, linear, norm, rope, cache, attention, mlp, moe, model, sampling, mtp,
-generate, weights, checkpoint, tokenizer; then lab, which looks at the model from outside.
+generate, weights, checkpoint, chat, tokenizer; then lab, which looks at the model from outside.
 
 >>> import numpy as np, minstep
 >>> config = minstep.load_config(minstep.find_config("tiny"))
