@@ -147,20 +147,8 @@ def _decoding_flags(add: argparse.ArgumentParser, temp: float, top_p: float, mos
     run.add_argument("--prefill-chunk", type=_at_least(1), default=512, metavar="N", help=text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="minstep", description="Step 3.5 Flash in plain NumPy.")
-    listed = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable[..., None], text: str, example: str) -> Any:
-        epilog = f"example: minstep {name} {example}"
-        added = listed.add_parser(
-            name, help=text, description=text, epilog=epilog, allow_abbrev=False
-        )
-        added.set_defaults(run=run)
-        return added
-
-    example = '--prompt "Once" --max-tokens 20'
-    add = command("generate", commands.run_generate, "continue a prompt", example)
+def _generate_flags(add: argparse.ArgumentParser) -> None:
+    """The flags of generate alone: where the prompt comes from, and what is printed."""
     prompt = add.add_mutually_exclusive_group(required=True)
     text = "the prompt as text; - reads it from stdin"
     prompt.add_argument("--prompt", type=_given_or_read, metavar="TEXT", help=text)
@@ -177,6 +165,23 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--show-drafts", action="store_true", help=show)
     add.add_argument("--json", action="store_true", help="print one JSON object")
 
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="minstep", description="Step 3.5 Flash in plain NumPy.")
+    listed = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[..., None], text: str, example: str) -> Any:
+        epilog = f"example: minstep {name} {example}"
+        added = listed.add_parser(
+            name, help=text, description=text, epilog=epilog, allow_abbrev=False
+        )
+        added.set_defaults(run=run)
+        return added
+
+    example = '--prompt "Once" --max-tokens 20'
+    add = command("generate", commands.run_generate, "continue a prompt", example)
+    _generate_flags(add)
+
     example = '--system "Answer briefly" --hide-thinking'
     add = command("chat", commands.run_chat, "talk with the model", example)
     text = "what the model is told before all else"
@@ -187,11 +192,8 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--hide-thinking", action="store_true", help=text)
     _decoding_flags(add, temp=0.6, top_p=0.95, most=2048)
 
-    text, example = (
-        "write every named tensor",
-        "--model DIR --tokens 5,17,9 --out trace.safetensors",
-    )
-    add = command("trace", commands.run_trace, text, example)
+    example = "--model DIR --tokens 5,17,9 --out trace.safetensors"
+    add = command("trace", commands.run_trace, "write every named tensor", example)
     add.add_argument("--model", type=_path, required=True, metavar="DIR")
     add.add_argument("--tokens", type=_token_ids, required=True, metavar="IDS")
     add.add_argument("--dtype", **FLOATS)
