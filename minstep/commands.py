@@ -124,9 +124,10 @@ def run_generate(args: Namespace) -> None:
     said = Continuation(decoded, stream, args.logprobs)
     try:
         for piece in said:
-            token = f"{',' if len(said.tokens) > 1 else ''}{said.tokens[-1]}"
             if not args.json:
-                print(harmless(piece, sys.stdout) if stream else token, end="", flush=True)
+                comma = "," if len(said.tokens) > 1 else ""
+                shown = harmless(piece, sys.stdout) if stream else f"{comma}{said.tokens[-1]}"
+                print(shown, end="", flush=True)
     except KeyboardInterrupt:
         if not args.json:
             print()

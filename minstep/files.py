@@ -42,7 +42,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     temporary: Path | None = None
     try:
-        target = path.resolve()
+        target = _target(path)
+        if target.is_symlink():
+            raise InputError(f"{path}: cannot be written: it is a link to itself")
         if target.is_dir():
             raise InputError(f"{path}: cannot be written: it is a directory")
         if target.exists() and not target.is_file():  # the rename would replace even /dev/null
@@ -53,8 +55,6 @@ def atomic_file(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, target)
-    except RuntimeError as error:  # how Python 3.12 and older report a link to itself
-        raise InputError(f"{path}: cannot be written: {error}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {os_reason(error)}") from error
     finally:
@@ -70,7 +70,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     link is followed. Raises InputError when it holds anything else or cannot be written.
     """
     temporary: Path | None = None
-    name, path = str(path), Path(os.path.realpath(path))
+    name, path = str(path), _target(path)
     try:
         if path.exists() and not path.is_dir():
             raise InputError(f"{name}: cannot be written: it is a file, expected a new folder")
@@ -100,6 +100,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _target(path: Path) -> Path:
+    """Where `path` leads when links are followed; still a link where one leads back to itself."""
+    return Path(os.path.realpath(path))
+
+
 def _is_ours(entry: Path) -> bool:
     """Whether make-tiny may have written a file: its name fits, and a shard says so itself."""
     if not entry.is_file() or not any(entry.match(pattern) for pattern in OUR_FILES):
@@ -110,15 +115,15 @@ def _is_ours(entry: Path) -> bool:
 
 def is_of_checkpoint(file: Path, folder: Path) -> bool:
     """Whether `file` is where a checkpoint in `folder` has a file of its own."""
-    target = Path(os.path.realpath(file))
-    is_inside = target.parent == Path(os.path.realpath(folder))
+    target = _target(file)
+    is_inside = target.parent == _target(folder)
     return is_inside and any(target.match(pattern) for pattern in OUR_FILES)
 
 
 def check_space(path: Path, needed: int) -> None:
     """Raise InputError when a folder at `path` would need more bytes than its disk has free."""
     try:
-        free = shutil.disk_usage(path.absolute().parent).free
+        free = shutil.disk_usage(_target(path).parent).free
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {os_reason(error)}") from error
     if needed > free:

@@ -168,9 +168,9 @@ def typed(text: str, schema: Any, root: Any = None) -> Any:
     """The value that `text` stands for under the JSON Schema of its parameter.
 
     The types are those of `type`, `enum`, `const`, `anyOf`, `oneOf`, `allOf`, and of a `$ref` into
-    `root`, the schema of all parameters. Where none is known, or none but string
-    fits, the value is the text itself: nothing is ever lost. Other types go before string, so "5"
-    is a number where both are allowed: the other way round that choice could never be made.
+    `root`, the schema of all parameters. Where none is known, or none but string fits, the value is
+    the text itself: nothing is ever lost. Other types go before string, so "5" is a number where
+    both are allowed: the other way round that choice could never be made.
     Differs: True, False and None count as true, false and null, since prompts spell them so.
     Checked by: tests/test_chat.py
     """
