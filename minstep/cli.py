@@ -3,19 +3,19 @@
 import argparse
 import io
 import os
-import re
 import signal
 import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from minstep import commands
+from minstep.arguments import at_least, given_or_read, not_empty, number, path, token_ids
 from minstep.files import InputError, abandon_stdout, os_reason
+from minstep.lab.commands import run_inspect, run_make_tiny, run_trace
 
 FLOATS: dict[str, Any] = {"choices": ("float32", "float64"), "default": "float32"}
 
@@ -59,108 +59,56 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _given_or_read(text: str) -> str:
-    """The text itself, or for a dash all of stdin."""
-    if text == "-" and sys.stdin is None:
-        raise argparse.ArgumentTypeError("stdin is closed")
-    try:
-        return sys.stdin.read() if text == "-" else text
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"stdin is not text: {error}") from error
-
-
-def _token_ids(text: str) -> list[int]:
-    text = _given_or_read(text)
-    parts = [part.strip() for part in text.split(",")] if text.strip() else []
-    if not all(re.fullmatch("-?[0-9]{1,4000}", part) for part in parts):
-        message = f"{text!r:.80} is not a list of token ids, expected such as 5,17,9"
-        raise argparse.ArgumentTypeError(message)
-    return [int(part) for part in parts]
-
-
-def _at_least(minimum: int) -> Callable[[str], int]:
-    def whole_number(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,18}", text.strip()) or int(text) < minimum:
-            message = f"{text!r:.80}: expected a whole number of at least {minimum}"
-            raise argparse.ArgumentTypeError(message)
-        return int(text)
-
-    return whole_number
-
-
-def _number(expected: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not (holds(value) and abs(value) < float("inf")):
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a number {expected}")
-        return value
-
-    return number
-
-
-def _path(text: str) -> Path:
-    return Path(_not_empty(text))
-
-
-def _not_empty(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("'': expected a text that is not empty")
-    return text
-
-
 def _decoding_flags(add: argparse.ArgumentParser, temp: float, top_p: float, most: int) -> None:
     """The flags of every command that generates; where mlx-lm has them, names are its."""
-    add.add_argument("--model", type=_path, metavar="DIR", help="checkpoint in hub layout")
+    add.add_argument("--model", type=path, metavar="DIR", help="checkpoint in hub layout")
     text = f"most tokens to generate ({most})"
-    add.add_argument("--max-tokens", type=_at_least(0), default=most, metavar="N", help=text)
+    add.add_argument("--max-tokens", type=at_least(0), default=most, metavar="N", help=text)
     text = "end before this text; may be given several times"
     add.add_argument(
-        "--stop", type=_not_empty, action="append", default=[], metavar="TEXT", help=text
+        "--stop", type=not_empty, action="append", default=[], metavar="TEXT", help=text
     )
     add.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
 
     how = add.add_argument_group("sampling")
-    at_least, share = _number("of at least 0", lambda x: x >= 0), "above 0 and at most 1"
+    from_zero, share = number("of at least 0", lambda x: x >= 0), "above 0 and at most 1"
     text = f"0 is greedy ({temp:g})"
-    how.add_argument("--temp", type=at_least, default=temp, metavar="T", help=text)
-    above, text = _number(share, lambda x: 0 < x <= 1), f"keep this much probability ({top_p:g})"
+    how.add_argument("--temp", type=from_zero, default=temp, metavar="T", help=text)
+    above, text = number(share, lambda x: 0 < x <= 1), f"keep this much probability ({top_p:g})"
     how.add_argument("--top-p", type=above, default=top_p, metavar="P", help=text)
     text = "keep the K likeliest tokens (0, all)"
-    how.add_argument("--top-k", type=_at_least(0), default=0, metavar="K", help=text)
-    within, text = _number("from 0 to 1", lambda x: 0 <= x <= 1), "as a share of the likeliest (0)"
+    how.add_argument("--top-k", type=at_least(0), default=0, metavar="K", help=text)
+    within, text = number("from 0 to 1", lambda x: 0 <= x <= 1), "as a share of the likeliest (0)"
     how.add_argument("--min-p", type=within, default=0.0, metavar="P", help=text)
     text = "of tokens in the text so far (1, none)"
-    positive = _number("from 0.01 to 100", lambda x: 0.01 <= x <= 100)
+    positive = number("from 0.01 to 100", lambda x: 0.01 <= x <= 100)
     how.add_argument("--repetition-penalty", type=positive, default=1.0, metavar="X", help=text)
-    how.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of the draws (0)")
+    how.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the draws (0)")
 
     run = add.add_argument_group("decoding")
     text = "draft with the MTP layers; greedy text stays the same (on where there are any)"
     run.add_argument("--mtp", action=argparse.BooleanOptionalAction, default=True, help=text)
     text = "drafts a step (one for each MTP layer)"
-    run.add_argument("--num-draft-tokens", type=_at_least(0), metavar="N", help=text)
+    run.add_argument("--num-draft-tokens", type=at_least(0), metavar="N", help=text)
     run.add_argument("--dtype", **FLOATS, help="of every activation")
     text = "prompt tokens at a time, which bounds memory (512)"
-    run.add_argument("--prefill-chunk", type=_at_least(1), default=512, metavar="N", help=text)
+    run.add_argument("--prefill-chunk", type=at_least(1), default=512, metavar="N", help=text)
 
 
 def _generate_flags(add: argparse.ArgumentParser) -> None:
     """The flags of generate alone: where the prompt comes from, and what is printed."""
     prompt = add.add_mutually_exclusive_group(required=True)
     text = "the prompt as text; - reads it from stdin"
-    prompt.add_argument("--prompt", type=_given_or_read, metavar="TEXT", help=text)
+    prompt.add_argument("--prompt", type=given_or_read, metavar="TEXT", help=text)
     text = "the prompt as token ids, such as 5,17,9; - reads them from stdin"
-    prompt.add_argument("--tokens", type=_token_ids, metavar="IDS", help=text)
+    prompt.add_argument("--tokens", type=token_ids, metavar="IDS", help=text)
     messages = "a conversation, as a JSON array of messages"
-    prompt.add_argument("--chat-messages", type=_path, metavar="FILE.json", help=messages)
+    prompt.add_argument("--chat-messages", type=path, metavar="FILE.json", help=messages)
     tools = "what the model may call, as a JSON array; with --chat-messages"
-    add.add_argument("--tools", type=_path, metavar="FILE.json", help=tools)
+    add.add_argument("--tools", type=path, metavar="FILE.json", help=tools)
     _decoding_flags(add, temp=0.0, top_p=1.0, most=100)
     logs = "log-probabilities of each token and of the N likeliest"
-    add.add_argument("--logprobs", type=_at_least(0), default=0, metavar="N", help=logs)
+    add.add_argument("--logprobs", type=at_least(0), default=0, metavar="N", help=logs)
     show = "print the drafts of each forward pass, those that were kept in []"
     add.add_argument("--show-drafts", action="store_true", help=show)
     add.add_argument("--json", action="store_true", help="print one JSON object")
@@ -187,30 +135,35 @@ def _parser() -> argparse.ArgumentParser:
     text = "what the model is told before all else"
     add.add_argument("--system", "--system-prompt", metavar="TEXT", help=text)
     tools = "what the model may call, as a JSON array"
-    add.add_argument("--tools", type=_path, metavar="FILE.json", help=tools)
+    add.add_argument("--tools", type=path, metavar="FILE.json", help=tools)
     text = "show answers without the thinking before them"
     add.add_argument("--hide-thinking", action="store_true", help=text)
     _decoding_flags(add, temp=0.6, top_p=0.95, most=2048)
 
+    _lab_commands(command)
+    return parser
+
+
+def _lab_commands(command: Callable[..., Any]) -> None:
+    """The commands that look at a model or compare what it computed."""
     example = "--model DIR --tokens 5,17,9 --out trace.safetensors"
-    add = command("trace", commands.run_trace, "write every named tensor", example)
-    add.add_argument("--model", type=_path, required=True, metavar="DIR")
-    add.add_argument("--tokens", type=_token_ids, required=True, metavar="IDS")
+    add = command("trace", run_trace, "write every named tensor", example)
+    add.add_argument("--model", type=path, required=True, metavar="DIR")
+    add.add_argument("--tokens", type=token_ids, required=True, metavar="IDS")
     add.add_argument("--dtype", **FLOATS)
-    add.add_argument("--out", type=_path, required=True, metavar="FILE.safetensors")
+    add.add_argument("--out", type=path, required=True, metavar="FILE.safetensors")
 
     text, example = "write a random checkpoint", "tiny --out DIR --seed 1"
-    add = command("make-tiny", commands.run_make_tiny, text, example)
-    add.add_argument("config", type=_not_empty, metavar="CONFIG_NAME_OR_DIR")
-    add.add_argument("--out", type=_path, required=True, metavar="DIR")
-    add.add_argument("--seed", type=_at_least(0), default=0, metavar="N")
+    add = command("make-tiny", run_make_tiny, text, example)
+    add.add_argument("config", type=not_empty, metavar="CONFIG_NAME_OR_DIR")
+    add.add_argument("--out", type=path, required=True, metavar="DIR")
+    add.add_argument("--seed", type=at_least(0), default=0, metavar="N")
     add.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    add.add_argument("--shards", type=_at_least(1), default=1, metavar="N")
+    add.add_argument("--shards", type=at_least(1), default=1, metavar="N")
 
     text = "show layers, shapes, bytes, parameters"
-    add = command("inspect", commands.run_inspect, text, "step-3.5-flash")
+    add = command("inspect", run_inspect, text, "step-3.5-flash")
     add.add_argument(
-        "model", type=_not_empty, metavar="DIR", help="checkpoint, config.json, or a shipped name"
+        "model", type=not_empty, metavar="DIR", help="checkpoint, config.json, or a shipped name"
     )
     add.add_argument("--json", action="store_true")
-    return parser

@@ -1,8 +1,7 @@
-"""One function for each command: from its arguments to what it prints or writes; no maths."""
+"""generate and chat: from their arguments to what they print; no maths."""
 
 import io
 import json
-import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -15,21 +14,19 @@ from tokenizers import Tokenizer
 
 from minstep.chat import parse, render
 from minstep.checkpoint import open_checkpoint
-from minstep.config import Config, load_config, parse_config
+from minstep.config import Config, load_config
 from minstep.configs import find_config
 from minstep.continuation import Continuation
 from minstep.conversation import Conversation, talk
-from minstep.files import InputError, atomic_file, check_space, is_of_checkpoint
+from minstep.files import InputError
 from minstep.generate import Step, check_prompt, steps
 from minstep.keys import read_json
-from minstep.lab.inspect import inspect, table
-from minstep.lab.trace import record, save_trace
 from minstep.model import ModelWeights
 from minstep.sampling import Sampling
 from minstep.terminal import Display, Progress, drafts_line, harmless, summary
 from minstep.tokenizer import StreamingText, encode, load_tokenizer
 from minstep.toolcalls import objects
-from minstep.weights import random_weights, save_random, tensor_shapes
+from minstep.weights import random_weights
 
 NOISE = "minstep: no --model: tiny random weights; the text is noise because it is untrained"
 
@@ -195,34 +192,3 @@ def run_chat(args: Namespace) -> None:
     elif isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # so that encode refuses what is no UTF-8
     talk(conversation, decode, Display(args.hide_thinking), is_interactive)
-
-
-def run_trace(args: Namespace) -> None:
-    """Write every named tensor of a forward pass."""
-    model = open_model(args.model)
-    check_prompt(args.tokens, model.config)
-    if is_of_checkpoint(args.out, args.model):
-        raise InputError(f"{args.out}: belongs to the checkpoint, expected another file")
-    with atomic_file(args.out) as temporary:  # first, so that a bad path is refused before the work
-        trace = record(args.tokens, model.load(), model.config, np.dtype(args.dtype))
-        save_trace(trace, args.tokens, temporary)
-
-
-def run_make_tiny(args: Namespace) -> None:
-    """Write a random checkpoint in hub layout."""
-    source = find_config(args.config)
-    file = source / "config.json" if source.is_dir() else source
-    raw = read_json(file)
-    tokenizer = file.parent / "tokenizer.json"
-    config = parse_config(raw, str(file))
-    count = sum(map(math.prod, tensor_shapes(config).values()))
-    check_space(args.out, count * (4 if args.dtype == "float32" else 2))
-    beside = tokenizer if tokenizer.exists() else None
-    rng = np.random.default_rng(args.seed)
-    save_random(raw, config, rng, args.out, args.dtype, args.shards, beside)
-
-
-def run_inspect(args: Namespace) -> None:
-    """Print layers, shapes, dtypes, bytes and parameters by part."""
-    report = inspect(find_config(args.model))
-    print(json.dumps(report) if args.json else table(report))

@@ -11,9 +11,11 @@ TOP = Path(__file__).parent.parent
 PACKAGE = TOP / "minstep"
 # The floor: an import may only reach a file further up this list. Lab comes after the model.
 ORDER = (
-    "files keys config configs tap linear activations norm rope bf16 cache attention mlp moe model "
-    "sampling mtp generate weights checkpoint toolcalls reply chat tokenizer continuation terminal "
-    "conversation lab.inspect lab.trace lab.figures commands cli __main__"
+    "files keys native config configs tap parallel pages linear activations norm rope bf16 fp8 "
+    "cache attention mlp moe model sampling mtp generate weights checkpoint toolcalls reply chat "
+    "tokenizer continuation terminal conversation lab.inspect lab.shards lab.trace lab.record "
+    "lab.names lab.recording lab.compare lab.footguns lab.layer lab.diff lab.figures arguments "
+    "commands lab.commands cli __main__"
 ).split()
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 

@@ -1,0 +1,66 @@
+"""What the text of an argument stands for: each function is a `type` of argparse's."""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def given_or_read(text: str) -> str:
+    """The text itself, or for a dash all of stdin."""
+    if text == "-" and sys.stdin is None:
+        raise argparse.ArgumentTypeError("stdin is closed")
+    try:
+        return sys.stdin.read() if text == "-" else text
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"stdin is not text: {error}") from error
+
+
+def token_ids(text: str) -> list[int]:
+    """Token ids joined by commas, or for a dash those on stdin."""
+    text = given_or_read(text)
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    if not all(re.fullmatch("-?[0-9]{1,4000}", part) for part in parts):
+        message = f"{text!r:.80} is not a list of token ids, expected such as 5,17,9"
+        raise argparse.ArgumentTypeError(message)
+    return [int(part) for part in parts]
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """A whole number that is not smaller than `minimum`."""
+
+    def whole_number(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,18}", text.strip()) or int(text) < minimum:
+            message = f"{text!r:.80}: expected a whole number of at least {minimum}"
+            raise argparse.ArgumentTypeError(message)
+        return int(text)
+
+    return whole_number
+
+
+def number(expected: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """A finite number for which `holds` is true; `expected` says so in words."""
+
+    def parsed(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not (holds(value) and abs(value) < float("inf")):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a number {expected}")
+        return value
+
+    return parsed
+
+
+def path(text: str) -> Path:
+    """A path that is not empty."""
+    return Path(not_empty(text))
+
+
+def not_empty(text: str) -> str:
+    """Any text but the empty one."""
+    if not text:
+        raise argparse.ArgumentTypeError("'': expected a text that is not empty")
+    return text
