@@ -11,7 +11,13 @@ generate, weights, checkpoint, chat, tokenizer; then lab, which looks at the mod
 ((3, 64), (3, 320))
 """
 
-from minstep.checkpoint import open_checkpoint
+import os
+
+# Before NumPy is loaded, or without effect: parallel.py has threads of its own, and two kinds of
+# them wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from minstep.checkpoint import open_checkpoint  # noqa: E402
 from minstep.config import load_config
 from minstep.configs import find_config
 from minstep.files import InputError

@@ -9,6 +9,7 @@ from minstep.cache import FullCache, Past
 from minstep.config import LayerSpec
 from minstep.linear import Weight, linear
 from minstep.norm import rms_norm
+from minstep.parallel import each, scratch
 from minstep.rope import Rotation, rotate
 from minstep.tap import Array, Tap, silent
 
@@ -104,7 +105,8 @@ def attend_in_blocks(q: Array, past: Past, first: int, window: int | None) -> Ar
 
     q [T, H, K]. One block of queries and keys at a time: each row keeps the largest score so far,
     and with it the sum and the mix of values seen so far; when a larger score comes, both shrink by
-    exp(old - new). Keys that no query of a block can see are not visited. Returns [T, H, K].
+    exp(old - new). Keys that no query of a block can see are not visited. Threads share out the
+    key-value heads. Returns [T, H, K].
     Source: online softmax, arXiv 1805.02867; blocks as in FlashAttention, arXiv 2205.14135.
     Checked by: tests/test_attention.py
     """
@@ -113,29 +115,30 @@ def attend_in_blocks(q: Array, past: Past, first: int, window: int | None) -> Ar
     R = H // G
     out = np.empty_like(q)
     step = max(1, ROWS // R)
-    memory = np.empty(step * R * KEYS, q.dtype)  # [block]; fresh memory costs more than the maths
-    for a in range(0, T, step):
-        b = min(a + step, T)
+
+    def mix(a: int, b: int, g: int) -> None:
         low = 0 if window is None else max(0, first + a - window + 1 - past.start)
-        for g in range(G):
-            heads = slice(g * R, (g + 1) * R)
-            query = q[a:b, heads].swapaxes(0, 1).reshape(-1, K) * K**-0.5  # [R*B, K]
-            peak = np.full((len(query), 1), np.finfo(q.dtype).min / 2, q.dtype)  # [R*B, 1]
-            total, mixed = np.zeros_like(peak), np.zeros_like(query)
-            for c in range(low, first + b - past.start, KEYS):
-                d = min(c + KEYS, first + b - past.start)
-                scores = memory[: len(query) * (d - c)].reshape(-1, d - c)  # [R*B, C]
-                np.matmul(query, past.keys[g, c:d].T, out=scores)
-                start, end = past.start + c, past.start + d
-                if end > first + a + 1 or (window and first + b - start > window):
-                    mask = visible(first + a, b - a, start, d - c, window)  # [B, C]
-                    scores[~np.tile(mask, (R, 1))] = -np.inf
-                higher = np.maximum(peak, scores.max(axis=-1, keepdims=True))
-                scores -= higher
-                np.exp(scores, out=scores)
-                shrink = np.exp(peak - higher)
-                total = total * shrink + scores.sum(axis=-1, keepdims=True)
-                mixed = mixed * shrink + scores @ past.values[g, c:d]
-                peak = higher
-            out[a:b, heads] = (mixed / total).reshape(R, b - a, K).swapaxes(0, 1)
+        heads = slice(g * R, (g + 1) * R)
+        query = q[a:b, heads].swapaxes(0, 1).reshape(-1, K) * K**-0.5  # [R*B, K]
+        peak = np.full((len(query), 1), np.finfo(q.dtype).min / 2, q.dtype)  # [R*B, 1]
+        total, mixed = np.zeros_like(peak), np.zeros_like(query)
+        for c in range(low, first + b - past.start, KEYS):
+            d = min(c + KEYS, first + b - past.start)
+            scores = scratch((len(query), d - c), q.dtype)  # [R*B, C]
+            np.matmul(query, past.keys[g, c:d].T, out=scores)
+            start, end = past.start + c, past.start + d
+            if end > first + a + 1 or (window and first + b - start > window):
+                mask = visible(first + a, b - a, start, d - c, window)  # [B, C]
+                scores[~np.tile(mask, (R, 1))] = -np.inf
+            higher = np.maximum(peak, scores.max(axis=-1, keepdims=True))
+            scores -= higher
+            np.exp(scores, out=scores)
+            shrink = np.exp(peak - higher)
+            total = total * shrink + scores.sum(axis=-1, keepdims=True)
+            mixed = mixed * shrink + scores @ past.values[g, c:d]
+            peak = higher
+        out[a:b, heads] = (mixed / total).reshape(R, b - a, K).swapaxes(0, 1)
+
+    for _ in each(mix, ((a, min(a + step, T), g) for a in range(0, T, step) for g in range(G))):
+        pass
     return out

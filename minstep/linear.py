@@ -5,13 +5,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from minstep.pages import used
+from minstep.parallel import LARGE, each, scratch
 from minstep.tap import Array
 
-BLOCK = 1 << 20  # weight elements converted at a time: 4 MB of float32 stays in cache
+BLOCK = 1 << 21  # weight elements converted at a time: 8 MB of float32, which stay in cache
 
 
 class StoredArray(Protocol):
-    """An array-like that becomes float only when sliced and converted, such as a BF16Array."""
+    """An array-like that becomes float only when converted, such as a BF16Array."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -19,6 +21,9 @@ class StoredArray(Protocol):
     def __getitem__(self, index: Any) -> "StoredArray": ...
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]: ...
+
+    def into(self, out: NDArray[np.float32]) -> None:
+        """Write the values into `out`, which has the same shape."""
 
 
 Weight = NDArray[Any] | StoredArray
@@ -28,19 +33,42 @@ def linear(x: Array, weight: Weight) -> Array:
     """x @ weight.T, without a bias: no projection of this model has one.
 
     x [..., I] float32 or float64; weight [O, I], stored in any float type. Returns [..., O] in
-    x's dtype. A weight of another dtype is converted in blocks of rows, never as a whole.
+    x's dtype. A weight of another dtype is converted a block of rows at a time, never as a whole;
+    the blocks of a large weight are shared out to threads, and are the same for any number of them.
     Source: nn.Linear(bias=False) throughout modeling_step3p5.py.
     Checked by: tests/test_linear.py
     """
-    if isinstance(weight, np.ndarray) and weight.dtype == x.dtype:
-        return x @ weight.T  # [..., O]
     outputs, inputs = weight.shape
+    if isinstance(weight, np.ndarray) and weight.dtype == x.dtype and weight.size < LARGE:
+        return x @ weight.T  # [..., O]
     rows = max(1, BLOCK // inputs)
     y = np.empty((*x.shape[:-1], outputs), x.dtype)  # [..., O]
-    for start in range(0, outputs, rows):
-        part = as_float(weight[start : start + rows], x.dtype)  # [B, I]
-        y[..., start : start + rows] = x @ part.T  # [..., B]
+
+    def multiply(start: int) -> None:
+        stored = weight[start : start + rows]  # [B, I]
+        np.matmul(x, ready(stored, x.dtype).T, out=y[..., start : start + rows])
+        used(stored)
+
+    for _ in each(multiply, zip(range(0, outputs, rows))):
+        pass
     return y
+
+
+def ready(weight: Weight, dtype: DTypeLike) -> Array:
+    """The weight in `dtype`, same shape: itself, or in memory that the thread's next call reuses.
+
+    Source: measured, see docs/weights.md.
+    """
+    if isinstance(weight, np.ndarray) and weight.dtype == dtype:
+        return weight
+    out = scratch(weight.shape, dtype)  # [O, I] float32 or float64
+    if isinstance(weight, np.ndarray):
+        np.copyto(out, weight, casting="same_kind")
+    elif out.dtype == np.float32:
+        weight.into(out)
+    else:
+        np.copyto(out, ready(weight, np.float32))
+    return out
 
 
 def as_float(weight: Weight, dtype: DTypeLike) -> Array:

@@ -109,12 +109,28 @@ def decoder(
     Checked by: tests/test_golden.py
     """
     first = caches[0].end if caches else 0
-    tables = rotations(config.layers, first, len(tokens), dtype)
     x = tap("model.embed_tokens", embed(tokens, weights.embed_tokens, dtype))  # [T, D]
-    for n, (layer, spec) in enumerate(zip(weights.layers, config.layers, strict=True)):
+    return run_layers(x, weights.layers, config.layers, first, config.rms_norm_eps, caches, tap)
+
+
+def run_layers(
+    x: Array,
+    layers: Sequence[BlockWeights],
+    specs: Sequence[LayerSpec],
+    first: int,
+    eps: float,
+    caches: Sequence[FullCache] | None = None,
+    tap: Tap = silent,
+) -> Array:
+    """Run layers that follow each other, each with its spec.
+
+    x [T, D]: the states that enter the first of them, at positions first, first + 1, .... Returns
+    those that leave the last, [T, D] in x's dtype. Caches as in decoder.
+    """
+    tables = rotations(specs, first, len(x), x.dtype)
+    for n, (layer, spec) in enumerate(zip(layers, specs, strict=True)):
         cache = caches[n] if caches else None
-        table = tables[spec.rope]  # [T, P]
-        x = block(x, layer, spec, table, config.rms_norm_eps, cache, tap.at(spec.name))
+        x = block(x, layer, spec, tables[spec.rope], eps, cache, tap.at(spec.name))  # [T, D]
         x = tap(spec.name, x)
     return x
 

@@ -1,5 +1,7 @@
 """Mixture of experts: a sigmoid router with a selection bias, and the experts it chose."""
 
+import itertools
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +11,8 @@ from minstep.activations import sigmoid
 from minstep.config import MoESpec
 from minstep.linear import Weight, as_float, linear
 from minstep.mlp import MLPWeights, swiglu
+from minstep.pages import reads_disk, will_need
+from minstep.parallel import LARGE, each
 from minstep.tap import Array, Tap, silent
 
 
@@ -67,14 +71,25 @@ def experts(x: Array, weights: MoEWeights, choice: Choice, limit: float | None) 
     flat = choice.ids.ravel()  # [T*A]
     by_expert = np.argsort(flat, kind="stable")  # [T*A], slots sorted by expert
     chosen, starts = np.unique(flat[by_expert], return_index=True)  # [used], [used]
-    out = np.zeros_like(x)
-    for expert, slots in zip(chosen, np.split(by_expert, starts[1:]), strict=True):
-        tokens, places = np.divmod(slots, choice.ids.shape[1])  # [N], [N]
-        its_weights = MLPWeights(
+    is_large = math.prod(weights.gate_proj.shape[1:]) >= LARGE
+
+    def of(expert: int) -> MLPWeights:
+        return MLPWeights(
             weights.gate_proj[expert], weights.up_proj[expert], weights.down_proj[expert]
         )  # [F, D], [F, D], [D, F]
+
+    def output(expert: int, slots: Array) -> tuple[Array, Array]:
+        tokens, places = np.divmod(slots, choice.ids.shape[1])  # [N], [N]
         scale = choice.weights[tokens, places][:, None]  # [N, 1]
-        out[tokens] += swiglu(x[tokens], its_weights, limit) * scale
+        return tokens, swiglu(x[tokens], of(expert), limit) * scale  # [N], [N, D]
+
+    if is_large and reads_disk(weights.gate_proj):
+        for expert in chosen:
+            will_need(*of(expert))  # all are on their way while the first one computes
+    out = np.zeros_like(x)
+    groups = zip(chosen, np.split(by_expert, starts[1:]), strict=True)
+    for tokens, added in (each if is_large else itertools.starmap)(output, groups):
+        out[tokens] += added
     return out
 
 

@@ -11,11 +11,13 @@ TOP = Path(__file__).parent.parent
 PACKAGE = TOP / "minstep"
 # The floor: an import may only reach a file further up this list. Lab comes after the model.
 ORDER = (
-    "files keys native config configs tap parallel pages linear activations norm rope bf16 fp8 "
-    "cache attention mlp moe model sampling mtp generate weights checkpoint toolcalls reply chat "
-    "tokenizer continuation terminal conversation lab.inspect lab.shards lab.trace lab.record "
-    "lab.names lab.recording lab.compare lab.footguns lab.layer lab.diff lab.figures arguments "
-    "commands lab.commands cli __main__"
+    "files keys quantization native config configs header tap parallel pages linear "
+    "activations norm rope bf16 fp8 cache attention mlp moe model sampling mtp generate "
+    "weights save checkpoint toolcalls reply chat tokenizer continuation terminal "
+    "conversation lab.inspect lab.trace lab.shards lab.names lab.forms lab.recording "
+    "lab.parts lab.choice lab.record lab.compare lab.pairs lab.footguns lab.rerun lab.layer "
+    "lab.explain lab.diff lab.checks lab.bench lab.figures arguments commands lab.commands "
+    "cli __main__"
 ).split()
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 

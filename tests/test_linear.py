@@ -17,6 +17,7 @@ def test_a_stored_weight_gives_what_converting_it_first_gives(
     dtype: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "LARGE", block)
     x = RNG.standard_normal((5, 20)).astype(dtype)
     single = as_float(BF16Array(BITS), np.float32)
     expected = x @ single.astype(dtype).T

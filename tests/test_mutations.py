@@ -360,7 +360,7 @@ PROPERTIES = [
     (context, Mutation("drafts past the context", "mtp", "min(self.count, self.config.max_positions - len(tokens))", "self.count")),
     (blocks, Mutation("mix not shrunk", "attention", "mixed = mixed * shrink", "mixed = mixed")),
     (blocks, Mutation("sum not shrunk", "attention", "total = total * shrink", "total = total")),
-    (blocks, Mutation("peak not kept", "attention", "                peak = higher", "                pass")),
+    (blocks, Mutation("peak not kept", "attention", "            peak = higher\n", "            pass\n")),
     (blocks, Mutation("first key of a window skipped", "attention", "first + a - window + 1 -", "first + a - window + 2 -")),
     (blocks, Mutation("last key skipped", "attention", "d = min(c + KEYS, first + b - past.start)", "d = min(c + KEYS, max(c + 1, first + b - past.start - 1))")),
     (blocks, Mutation("not scaled", "attention", ".reshape(-1, K) * K**-0.5", ".reshape(-1, K)")),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import minstep
-from minstep import attention
+from minstep import attention, parallel
 from minstep.bf16 import BF16Array, to_bf16
 from minstep.config import parse_config
 from minstep.lab.trace import Recorder
@@ -43,7 +43,7 @@ def run(sources: dict[str, str], dtype: str = "float32", stored: str = "bfloat16
     rng = np.random.default_rng(0)
     prompt = rng.integers(config.vocab_size, size=23).tolist()
     shapes, tap = Shapes(sources, SIZES, dtype), Recorder({})
-    with shapes.watching():
+    with shapes.watching(), patch.object(parallel, "THREADS", 1):  # one thread is watched
         hidden = minstep.decoder(prompt, weights, config, dtype, tap=tap)
         minstep.head(hidden, weights, config, tap)
         minstep.mtp_forward(prompt, hidden, weights, config, tap)
@@ -89,7 +89,7 @@ def test_every_stated_shape_holds_and_none_is_missing_or_never_run() -> None:
         ("norm", "Returns [..., N]", "Returns [N]", "states [N], but makes [23, 40]"),
         ("attention", "# [G*K, D]\n    v_", "# [H*K, D]\n    v_", "states [H*K, D], but makes [120, 40]"),
         ("attention", "swapaxes(1, 2) * K**-0.5", "swapaxes(1, 2) * np.float64(K) ** -0.5", "makes float64"),
-        ("attention", "d - c)  # [R*B, C]", "d - c)  # [B, C]", "states [B, C], but makes [18, 6]"),
+        ("attention", "d - c), q.dtype)  # [R*B, C]", "d - c), q.dtype)  # [B, C]", "states [B, C], but makes [18, 6]"),
         ("sampling", "  # [fewer]", "", "states no shape for (25,)"),
         ("generate", "logits[: accepted + 1]", "logits", "states [1+accepted, V], but makes [2, 97]"),
         ("generate", "[V] float64", "[V]", "makes float64"),
