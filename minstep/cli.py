@@ -158,8 +158,12 @@ def _lab_commands(command: Callable[..., Any]) -> None:
     add.add_argument("config", type=not_empty, metavar="CONFIG_NAME_OR_DIR")
     add.add_argument("--out", type=path, required=True, metavar="DIR")
     add.add_argument("--seed", type=at_least(0), default=0, metavar="N")
-    add.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add.add_argument("--dtype", choices=("float32", "bfloat16", "fp8"), default="float32")
     add.add_argument("--shards", type=at_least(1), default=1, metavar="N")
+    text = "write only these tensors; the others are holes that take no disk and read as zeros"
+    add.add_argument("--only", action="append", default=[], metavar="GLOB", help=text)
+    text = "write only the first N experts; no router chooses the others"
+    add.add_argument("--experts", type=at_least(1), metavar="N", help=text)
 
     text = "show layers, shapes, bytes, parameters"
     add = command("inspect", run_inspect, text, "step-3.5-flash")

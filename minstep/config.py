@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minstep.keys import Keys, read_json
+from minstep.native import hub_config
+from minstep.quantization import Quantization, parse_quantization
 
 MOST_LAYERS = 10_000
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -81,6 +83,7 @@ class Config(NamedTuple):
     eos_token_ids: tuple[int, ...]
     tie_word_embeddings: bool
     torch_dtype: str | None
+    quantization: Quantization | None
     layers: tuple[LayerSpec, ...]
     mtp_layers: tuple[LayerSpec, ...]
 
@@ -89,17 +92,14 @@ def load_config(path: Path | str) -> Config:
     """Read `path`, a config.json or the folder that holds one. Raises InputError naming the key."""
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
-    return parse_config(read_json(file), str(file))
+    return parse_config(hub_config(read_json(file), str(file)), str(file))
 
 
 def parse_config(raw: dict[str, Any], source: str = "config.json") -> Config:
     """Turn the hub's keys into a Config. Raises InputError with one line that names the key."""
     keys = Keys(raw, source)
-    for key, expected in (
-        ("model_type", "step3p5"),
-        ("zero_centered", True),
-        ("use_qk_norm", True),
-    ):
+    only = {"model_type": "step3p5", "zero_centered": True, "use_qk_norm": True}
+    for key, expected in only.items():
         keys.require(key, raw.get(key) == expected, f"expected {expected!r}")
     lengths = [keys.integer(k) for k in ("max_seq_len", "max_position_embeddings") if k in raw]
     keys.require("max_position_embeddings", bool(lengths), "expected a positive integer")
@@ -123,6 +123,7 @@ def parse_config(raw: dict[str, Any], source: str = "config.json") -> Config:
         eos_token_ids=eos,
         tie_word_embeddings=keys.boolean("tie_word_embeddings"),
         torch_dtype=dtype,
+        quantization=parse_quantization(raw, source),
         layers=layers[:main],
         mtp_layers=layers[main:],
     )
@@ -232,11 +233,8 @@ def _moe(keys: Keys, main: int) -> tuple[frozenset[int], MoESpec | None]:
     known = isinstance(listed, list) and all(type(i) is int and 0 <= i < main for i in listed)
     message = f"expected comma-joined layer numbers from 0 to {main - 1}"
     keys.require("moe_layers_enum", known, message)
-    keys.require(
-        "moe_router_activation",
-        keys.get("moe_router_activation") == "sigmoid",
-        "expected 'sigmoid'",
-    )
+    is_sigmoid = keys.get("moe_router_activation") == "sigmoid"
+    keys.require("moe_router_activation", is_sigmoid, "expected 'sigmoid'")
     experts, top_k = keys.integer("moe_num_experts"), keys.integer("moe_top_k")
     keys.require("moe_top_k", top_k <= experts, f"expected at most moe_num_experts' {experts}")
     return frozenset(listed), MoESpec(

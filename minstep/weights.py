@@ -1,11 +1,6 @@
 """Which hub tensor is which argument: the one table of names and shapes, and random weights."""
 
-import itertools
-import json
-import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +8,6 @@ from numpy.typing import NDArray
 from minstep.attention import AttentionWeights
 from minstep.bf16 import BF16Array, to_bf16
 from minstep.config import Config, LayerSpec
-from minstep.files import MADE_BY, InputError, atomic_folder
 from minstep.linear import Weight
 from minstep.mlp import MLPWeights
 from minstep.model import BlockWeights, ModelWeights, MTPWeights
@@ -21,6 +15,7 @@ from minstep.moe import MoEWeights
 
 Shape = tuple[int, ...]
 Get = Callable[[str, Shape], Weight]  # a tensor's hub name and the shape it must have
+SCALES = "_scale_inv"  # what follows an FP8 weight's name in that of its scales
 Drawn = Iterator[tuple[str, NDArray[np.float32]]]
 
 
@@ -32,27 +27,32 @@ def assemble(config: Config, get: Get, own_mtp_heads: bool = True) -> ModelWeigh
     """
     D, V = config.hidden_size, config.vocab_size
     embed_tokens = get("model.embed_tokens.weight", (V, D))
-    layers = tuple(_block(spec, D, get) for spec in config.layers)
+    layers = tuple(block_weights(spec, D, get) for spec in config.layers)
     norm = get("model.norm.weight", (D,))
     tied = config.tie_word_embeddings
     lm_head = embed_tokens if tied else get("lm_head.weight", (V, D))
     mtp = tuple(
-        MTPWeights(
-            enorm=get(f"{spec.name}.enorm.weight", (D,)),
-            hnorm=get(f"{spec.name}.hnorm.weight", (D,)),
-            eh_proj=get(f"{spec.name}.eh_proj.weight", (D, 2 * D)),
-            block=_block(spec, D, get),
-            shared_head_norm=get(f"{spec.name}.transformer.shared_head.norm.weight", (D,)),
-            shared_head_output=get(f"{spec.name}.transformer.shared_head.output.weight", (V, D))
-            if own_mtp_heads
-            else lm_head,
-        )
+        mtp_weights(spec, D, get, (V, D) if own_mtp_heads else lm_head)
         for spec in config.mtp_layers
     )
     return ModelWeights(embed_tokens, layers, norm, lm_head, mtp)
 
 
-def _block(spec: LayerSpec, D: int, get: Get) -> BlockWeights:
+def mtp_weights(spec: LayerSpec, D: int, get: Get, head: Shape | Weight) -> MTPWeights:
+    """The tensors of one MTP layer; `head` is the shape of its own, or the one it shares."""
+    return MTPWeights(
+        enorm=get(f"{spec.name}.enorm.weight", (D,)),
+        hnorm=get(f"{spec.name}.hnorm.weight", (D,)),
+        eh_proj=get(f"{spec.name}.eh_proj.weight", (D, 2 * D)),
+        block=block_weights(spec, D, get),
+        shared_head_norm=get(f"{spec.name}.transformer.shared_head.norm.weight", (D,)),
+        shared_head_output=get(f"{spec.name}.transformer.shared_head.output.weight", head)
+        if isinstance(head, tuple)
+        else head,
+    )
+
+
+def block_weights(spec: LayerSpec, D: int, get: Get) -> BlockWeights:
     """The tensors of one layer."""
     H, G, K = spec.heads, spec.groups, spec.head_dim
     attn = f"{spec.name}.self_attn"
@@ -111,99 +111,33 @@ def tensor_shapes(config: Config, own_mtp_heads: bool = True) -> dict[str, Shape
     return shapes
 
 
-def random_tensors(config: Config, rng: np.random.Generator) -> Drawn:
-    """Draw every tensor in order, float32 rounded to bfloat16: both kinds of file hold the same.
+def blocks(shape: Shape, size: tuple[int, int]) -> Shape:
+    """How many blocks of `size` a weight [..., O, I] has, the last ones cut: the scales' shape."""
+    return (*shape[:-2], -(-shape[-2] // size[0]), -(-shape[-1] // size[1]))
 
-    Projections have variance 1 / inputs, which keeps activations near unit size; norms scatter
-    around 0 and router biases are large enough to change who is chosen. Router biases stay
-    float32, as on the hub.
+
+def random_rows(
+    name: str, shape: Shape, rows: int, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """Draw the next `rows` of a tensor [rows, ...], float32 rounded to bfloat16.
+
+    So files of any dtype hold the same. Projections have variance 1 / inputs, which keeps
+    activations near unit size; norms scatter around 0 and router biases are large enough to change
+    who is chosen. Router biases stay float32, as on the hub.
     """
+    small = len(shape) == 1  # norms and router biases
+    scale = 0.1 if small else 1 if name == "model.embed_tokens.weight" else shape[-1] ** -0.5
+    drawn = rng.standard_normal((rows, *shape[1:]), np.float32) * np.float32(scale)
+    return drawn if name.endswith("router_bias") else np.asarray(BF16Array(to_bf16(drawn)))
+
+
+def random_tensors(config: Config, rng: np.random.Generator) -> Drawn:
+    """Draw every tensor, in order, as random_rows does."""
     for name, shape in tensor_shapes(config).items():
-        small = len(shape) == 1  # norms and router biases
-        scale = 0.1 if small else 1 if name == "model.embed_tokens.weight" else shape[-1] ** -0.5
-        drawn = rng.standard_normal(shape, np.float32) * np.float32(scale)
-        exact = name.endswith("router_bias")
-        yield name, drawn if exact else np.asarray(BF16Array(to_bf16(drawn)))
+        yield name, random_rows(name, shape, shape[0], rng)
 
 
 def random_weights(config: Config, rng: np.random.Generator) -> ModelWeights:
     """A model of random float32 weights in memory: the numbers save_random would write."""
     tensors = dict(random_tensors(config, rng))
     return assemble(config, lambda name, _: tensors[name])
-
-
-def save_random(
-    config_json: dict[str, Any],
-    config: Config,
-    rng: np.random.Generator,
-    out: Path,
-    dtype: str = "float32",
-    shards: int = 1,
-    tokenizer: Path | None = None,
-) -> None:
-    """Write a random checkpoint in hub layout: config.json, safetensors, an index when sharded.
-
-    `dtype`: float32 or bfloat16. Memory is that of one tensor. The folder appears whole or not at
-    all. Raises InputError when `out` cannot be written or there are more shards than tensors.
-    """
-    shapes = tensor_shapes(config)
-    if not 1 <= shards <= len(shapes):
-        raise InputError(f"--shards {shards}: expected 1 to {len(shapes)}, the number of tensors")
-    names = list(shapes)
-    ends = _shard_ends([math.prod(shape) for shape in shapes.values()], shards)
-    drawn = random_tensors(config, rng)
-    weight_map: dict[str, str] = {}
-    total = 0
-    with atomic_folder(out) as folder:
-        for n, (start, end) in enumerate(zip([0, *ends], ends, strict=False), start=1):
-            tag = f"-{n:05}-of-{shards:05}" if shards > 1 else ""
-            file = f"model{tag}.safetensors"
-            held = {name: shapes[name] for name in names[start:end]}
-            total += _write_shard(folder / file, held, dtype, drawn)
-            weight_map |= dict.fromkeys(held, file)
-        if shards > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_json(folder / "model.safetensors.index.json", index)
-        _write_json(folder / "config.json", config_json | {"torch_dtype": dtype})
-        if tokenizer is not None:
-            (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
-
-
-def _shard_ends(sizes: list[int], shards: int) -> list[int]:
-    """Where each shard ends: about equal sizes, at least one tensor in each."""
-    reached = np.cumsum(sizes)
-    ends: list[int] = []
-    for n in range(1, shards):
-        wanted = int(np.searchsorted(reached, reached[-1] * n / shards)) + 1
-        first = ends[-1] + 1 if ends else 1
-        ends.append(min(max(wanted, first), len(sizes) - (shards - n)))
-    return [*ends, len(sizes)]
-
-
-def _write_shard(file: Path, shapes: dict[str, Shape], dtype: str, drawn: Drawn) -> int:
-    """Write one safetensors file, a tensor at a time; returns the bytes of its tensors.
-
-    The package's own writer wants a whole shard in memory. Wider dtypes lie first, as it puts them,
-    so that every tensor is aligned. router_bias stays float32.
-    """
-    wide = {name: dtype == "float32" or name.endswith("router_bias") for name in shapes}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "made_by": MADE_BY}}
-    reached = 0
-    for name in sorted(shapes, key=lambda name: not wide[name]):
-        end = reached + math.prod(shapes[name]) * (4 if wide[name] else 2)
-        code = "F32" if wide[name] else "BF16"
-        span = [reached, end]
-        header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": span}
-        reached = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as opened:
-        opened.write(len(text).to_bytes(8, "little") + text)
-        for name, x in itertools.islice(drawn, len(shapes)):
-            opened.seek(8 + len(text) + header[name]["data_offsets"][0])
-            opened.write((x if wide[name] else to_bf16(x)).tobytes())
-    return reached
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -13,15 +13,16 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from minstep import find_config, load_config, open_checkpoint
+from minstep import find_config, load_config, open_checkpoint, save
 from minstep.bf16 import to_bf16
-from minstep.checkpoint import INDEX, read_header
+from minstep.checkpoint import INDEX
 from minstep.cli import main
 from minstep.config import Config, parse_config
+from minstep.header import read_header
 from minstep.linear import Weight
 from minstep.model import decoder
 from minstep.weights import assemble, tensor_shapes
-from tests.conftest import GOLDEN, Run
+from tests.conftest import GOLDEN, Refused, Run
 
 BIAS = "model.layers.2.moe.router_bias"
 
@@ -286,3 +287,48 @@ def test_a_folder_made_twice_is_replaced_as_a_whole(made: Path, tmp_path: Path, 
         assert run("make-tiny", "tiny", "--out", out, "--seed", 1, *options).code == 0
     assert contents(out) == contents(made / "float32")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_only_named_tensors_are_written_and_the_rest_are_holes(run: Run, tmp_path: Path) -> None:
+    only = ("--only", "model.layers.3.*", "--only", "model.norm.weight", "--experts", "5")
+    out = tmp_path / "sparse"
+    assert run("make-tiny", "tiny", "--out", out, "--seed", "1", "--shards", "4", *only).code == 0
+    written = tensors(out)
+    shapes = tensor_shapes(load_config(out))
+    assert {name: x.shape for name, x in written.items()} == shapes
+    for name, x in written.items():
+        if name == "model.layers.3.moe.router_bias":
+            assert (x[5:] == -2).all() and (abs(x[:5]) < 1).all() and x[:5].all()
+        elif name.startswith("model.layers.3.") or name == "model.norm.weight":
+            rows = 5 if x.ndim == 3 else len(x)
+            assert x[:rows].any(axis=tuple(range(1, x.ndim))).all() and not x[rows:].any(), name
+        else:
+            assert not x.any(), name
+
+
+def test_holes_take_no_disk(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "sparse"
+    only = ("--only", "model.norm.weight")
+    assert run("make-tiny", "long", "--out", out, "--dtype", "fp8", *only).code == 0
+    apparent = (out / "model.safetensors").stat()
+    assert apparent.st_blocks * 512 < 100_000 < apparent.st_size
+
+
+def test_a_glob_that_matches_nothing_is_refused(refused: Refused, tmp_path: Path) -> None:
+    naming = ("--only model.layer.*", "matches no tensor")
+    only = ("--only", "lm_head.*", "--only", "model.layer.*")
+    refused("make-tiny", "tiny", "--out", tmp_path / "x", *only, naming=naming)
+    assert not (tmp_path / "x").exists()
+
+
+def test_rows_drawn_a_few_at_a_time_are_the_same(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for dtype in ("float32", "bfloat16", "fp8"):
+        for at_once in (1 << 26, 700):
+            monkeypatch.setattr(save, "AT_ONCE", at_once)
+            out = tmp_path / f"{dtype}-{at_once}"
+            argv = ["make-tiny", "tiny", "--out", str(out), "--seed", "1", "--dtype", dtype]
+            assert main(argv) == 0
+        assert contents(out) == contents(tmp_path / f"{dtype}-{1 << 26}")
+    assert contents(tmp_path / "bfloat16-700") == contents(made / "bfloat16")

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 import minstep.commands
 import minstep.lab.commands
-import minstep.weights
+import minstep.save
 from minstep import find_config, load_config
 from minstep.chat import render
 from minstep.lab import trace as lab_trace
@@ -520,7 +520,7 @@ def test_an_interrupted_checkpoint_leaves_what_was_there(
     if existing:
         assert run("make-tiny", "odd", "--out", out).code == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    write = minstep.weights._write_shard
+    write = minstep.save._write_shard
     written: list[Path] = []
 
     def breaks(file: Path, *arguments: Any) -> int:
@@ -530,7 +530,7 @@ def test_an_interrupted_checkpoint_leaves_what_was_there(
         written.append(file)
         return write(file, *arguments)
 
-    monkeypatch.setattr(minstep.weights, "_write_shard", breaks)
+    monkeypatch.setattr(minstep.save, "_write_shard", breaks)
     ran = run("make-tiny", "tiny", "--out", out, "--shards", 3)
     assert written and ran.code == code and ran.out == ""
     assert ran.err.count("\n") == (code == 2)

@@ -15,7 +15,8 @@ import minstep
 from minstep.checkpoint import Checkpoint
 from minstep.config import FULL, SLIDING, Config, parse_config
 from minstep.lab.trace import Trace, record
-from minstep.weights import save_random, tensor_shapes
+from minstep.save import save_random
+from minstep.weights import tensor_shapes
 from tests.test_golden import TOLERANCE, departures
 
 REASON = "the comparison with transformers needs: pip install -e '.[oracle]'"

@@ -1,7 +1,7 @@
 """The commands that look at a model: from their arguments to what they print or write; no maths."""
 
+import fnmatch
 import json
-import math
 from argparse import Namespace
 
 import numpy as np
@@ -14,7 +14,9 @@ from minstep.generate import check_prompt
 from minstep.keys import read_json
 from minstep.lab.inspect import inspect, table
 from minstep.lab.trace import record, save_trace
-from minstep.weights import save_random, tensor_shapes
+from minstep.native import hub_config
+from minstep.save import Form, needed_space, save_random
+from minstep.weights import tensor_shapes
 
 
 def run_trace(args: Namespace) -> None:
@@ -32,14 +34,21 @@ def run_make_tiny(args: Namespace) -> None:
     """Write a random checkpoint in hub layout."""
     source = find_config(args.config)
     file = source / "config.json" if source.is_dir() else source
-    raw = read_json(file)
+    raw = hub_config(read_json(file), str(file))
     tokenizer = file.parent / "tokenizer.json"
     config = parse_config(raw, str(file))
-    count = sum(map(math.prod, tensor_shapes(config).values()))
-    check_space(args.out, count * (4 if args.dtype == "float32" else 2))
+    names = list(tensor_shapes(config))
+    for glob in args.only:
+        if not fnmatch.filter(names, glob):
+            raise InputError(f"--only {glob}: matches no tensor, expected such as 'model.norm.*'")
+
+    def holds(name: str) -> bool:
+        return not args.only or any(fnmatch.fnmatchcase(name, glob) for glob in args.only)
+
+    form = Form(args.dtype, args.shards, holds, args.experts)
+    check_space(args.out, needed_space(config, form))
     beside = tokenizer if tokenizer.exists() else None
-    rng = np.random.default_rng(args.seed)
-    save_random(raw, config, rng, args.out, args.dtype, args.shards, beside)
+    save_random(raw, config, np.random.default_rng(args.seed), args.out, form, beside)
 
 
 def run_inspect(args: Namespace) -> None:

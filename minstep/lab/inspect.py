@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from minstep.checkpoint import BYTES, HUB_DTYPES, open_checkpoint
+from minstep.checkpoint import HUB_DTYPES, open_checkpoint
 from minstep.config import Config, load_config
+from minstep.header import BYTES
 from minstep.weights import tensor_shapes
 
 
