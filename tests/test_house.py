@@ -17,7 +17,7 @@ ORDER = (
     "conversation lab.inspect lab.trace lab.shards lab.names lab.forms lab.recording "
     "lab.parts lab.choice lab.record lab.compare lab.pairs lab.footguns lab.rerun lab.layer "
     "lab.explain lab.diff lab.checks lab.bench lab.figures arguments commands lab.commands "
-    "cli __main__"
+    "lab.flags cli __main__"
 ).split()
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
