@@ -5,6 +5,9 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+FLOATS: dict[str, Any] = {"choices": ("float32", "float64"), "default": "float32"}
 
 
 def given_or_read(text: str) -> str:
@@ -25,6 +28,18 @@ def token_ids(text: str) -> list[int]:
         message = f"{text!r:.80} is not a list of token ids, expected such as 5,17,9"
         raise argparse.ArgumentTypeError(message)
     return [int(part) for part in parts]
+
+
+def layer_ranges(text: str) -> list[range]:
+    """Layer numbers and ranges of them, joined by commas: 0-17,45."""
+    ranges = []
+    for part in text.split(","):
+        found = re.fullmatch("([0-9]{1,6})(?:-([0-9]{1,6}))?", part.strip())
+        if found is None or int(found[2] or found[1]) < int(found[1]):
+            message = f"{text!r:.80} is not a list of layers, expected such as 0-17,45"
+            raise argparse.ArgumentTypeError(message)
+        ranges.append(range(int(found[1]), int(found[2] or found[1]) + 1))
+    return ranges
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

@@ -13,11 +13,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from minstep import commands
-from minstep.arguments import at_least, given_or_read, not_empty, number, path, token_ids
+from minstep.arguments import FLOATS, at_least, given_or_read, not_empty, number, path, token_ids
 from minstep.files import InputError, abandon_stdout, os_reason
-from minstep.lab.commands import run_inspect, run_make_tiny, run_trace
-
-FLOATS: dict[str, Any] = {"choices": ("float32", "float64"), "default": "float32"}
+from minstep.lab.flags import add_lab_commands
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,7 +25,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command: 0 fine, 2 wrong use or bad input, 130 after Ctrl-C."""
+    """Run one command: 0 fine, 1 a mismatch, 2 wrong use or bad input, 130 after Ctrl-C."""
     if sys.stderr is None:  # closed by the caller: print would write to stdout in its place
         sys.stderr = open(os.devnull, "w")
     warnings.showwarning = lambda message, *_: print(f"minstep: {message}", file=sys.stderr)
@@ -41,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name
-            args.run(args)
+            code: int | None = args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
@@ -56,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             print("minstep:", *text.split(), file=sys.stderr)
         abandon_stdout()
         return 2
-    return 0
+    return code or 0
 
 
 def _decoding_flags(add: argparse.ArgumentParser, temp: float, top_p: float, most: int) -> None:
@@ -118,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="minstep", description="Step 3.5 Flash in plain NumPy.")
     listed = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[..., None], text: str, example: str) -> Any:
+    def command(name: str, run: Callable[..., int | None], text: str, example: str) -> Any:
         epilog = f"example: minstep {name} {example}"
         added = listed.add_parser(
             name, help=text, description=text, epilog=epilog, allow_abbrev=False
@@ -140,34 +138,5 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--hide-thinking", action="store_true", help=text)
     _decoding_flags(add, temp=0.6, top_p=0.95, most=2048)
 
-    _lab_commands(command)
+    add_lab_commands(command)
     return parser
-
-
-def _lab_commands(command: Callable[..., Any]) -> None:
-    """The commands that look at a model or compare what it computed."""
-    example = "--model DIR --tokens 5,17,9 --out trace.safetensors"
-    add = command("trace", run_trace, "write every named tensor", example)
-    add.add_argument("--model", type=path, required=True, metavar="DIR")
-    add.add_argument("--tokens", type=token_ids, required=True, metavar="IDS")
-    add.add_argument("--dtype", **FLOATS)
-    add.add_argument("--out", type=path, required=True, metavar="FILE.safetensors")
-
-    text, example = "write a random checkpoint", "tiny --out DIR --seed 1"
-    add = command("make-tiny", run_make_tiny, text, example)
-    add.add_argument("config", type=not_empty, metavar="CONFIG_NAME_OR_DIR")
-    add.add_argument("--out", type=path, required=True, metavar="DIR")
-    add.add_argument("--seed", type=at_least(0), default=0, metavar="N")
-    add.add_argument("--dtype", choices=("float32", "bfloat16", "fp8"), default="float32")
-    add.add_argument("--shards", type=at_least(1), default=1, metavar="N")
-    text = "write only these tensors; the others are holes that take no disk and read as zeros"
-    add.add_argument("--only", action="append", default=[], metavar="GLOB", help=text)
-    text = "write only the first N experts; no router chooses the others"
-    add.add_argument("--experts", type=at_least(1), metavar="N", help=text)
-
-    text = "show layers, shapes, bytes, parameters"
-    add = command("inspect", run_inspect, text, "step-3.5-flash")
-    add.add_argument(
-        "model", type=not_empty, metavar="DIR", help="checkpoint, config.json, or a shipped name"
-    )
-    add.add_argument("--json", action="store_true")

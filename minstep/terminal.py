@@ -21,12 +21,13 @@ PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0x2426)
 class Progress:
     """A bar for work that takes longer than a moment; nothing at all where stderr is no terminal.
 
-    Call it with the number of units done: at the last one the line is empty again. Where the work
-    ends before that, `erase` empties it.
+    Call it with how much is done: at `total` the line is empty again. Where the work ends before
+    that, `erase` empties it. `label` and `total` may change on the way. Amounts are shown in `unit`
+    of `scale` each.
     """
 
-    def __init__(self, label: str, total: int, unit: str) -> None:
-        self._label, self._total, self._unit = label, total, unit
+    def __init__(self, label: str, total: int, unit: str, scale: float = 1) -> None:
+        self.label, self.total, self._unit, self._scale = label, total, unit, scale
         self._started = time.perf_counter()
         self._shown = False
 
@@ -35,13 +36,15 @@ class Progress:
         if not sys.stderr.isatty() or (elapsed < PATIENCE and not self._shown):
             return
         rate = done / elapsed
-        left = (self._total - done) / rate if rate else 0
-        cells = BAR * done // self._total
+        left = (self.total - done) / rate if rate else 0
+        cells = BAR * done // self.total
         bar = "█" * cells + "░" * (BAR - cells)
-        counts = f"{done:,}/{self._total:,} {self._unit}, {rate:,.0f}/s, {_clock(left)} left"
-        line = f"{self._label} {bar} {counts}" if done < self._total else ""
+        shown = [f"{n / self._scale:,.{int(self._scale > 1)}f}" for n in (done, self.total, rate)]
+        per = f" {self._unit}/s" if self._scale > 1 else "/s"
+        counts = f"{shown[0]}/{shown[1]} {self._unit}, {shown[2]}{per}, {_clock(left)} left"
+        line = f"{self.label} {bar} {counts}" if done < self.total else ""
         print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
-        self._shown = done < self._total
+        self._shown = done < self.total
 
     def erase(self) -> None:
         """Take the bar off the line."""

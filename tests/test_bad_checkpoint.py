@@ -145,7 +145,8 @@ def test_a_missing_shard_is_named_with_the_index_that_wants_it(
     sharded: Path, refused: Refused
 ) -> None:
     (sharded / "model-00001.safetensors").unlink()
-    refused("inspect", sharded, naming=("model-00001.safetensors", INDEX))
+    naming = ("model-00001.safetensors", INDEX)
+    refused("generate", "--model", sharded, *TOKENS, naming=naming)
 
 
 def test_shards_without_an_index_are_refused(sharded: Path, refused: Refused) -> None:

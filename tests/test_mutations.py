@@ -2,7 +2,8 @@
 
 A mutation replaces one fragment of one source file, compiles the file again, and lends the code of
 the changed functions to the real ones: whoever imported them meets the bug. Then the golden models
-are run in float64, and logits must depart by a hundred times the float32 tolerance.
+are run in float64, and logits must depart by a hundred times the float32 tolerance. Most are the
+footguns of minstep/lab/footguns.py.
 
 Not in the table, since no logit changes: capping silu(gate) from below too (SiLU never passes
 -0.28, limits are larger), and MTP positions counted from k (rotation is relative).
@@ -23,6 +24,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import minstep
+from minstep.lab.footguns import FOOTGUNS
 from minstep.lab.trace import record
 from minstep.sampling import Sampling
 from tests import test_attention, test_cache, test_drafts, test_golden
@@ -45,75 +47,23 @@ class Mutation(NamedTuple):
     refused: str = ""  # the bug cannot run: what the refusal says of a shape or file that misfits
 
 
-# The published bugs, and the ways to have each; after them some that only seem likely.
-BUGS = {
-    "MTP head": [
-        Mutation("lm_head in its place", "checkpoint", "assemble(self.config, self.get, own)", "assemble(self.config, self.get, False)"),
-        Mutation("without its own norm", "mtp", "rms_norm(x, weights.shared_head_norm, eps)", "x"),
-    ],
-    "MTP hidden": [
-        Mutation("passed on after the norm", "mtp", "hidden = tap(spec.name, hidden)", "hidden = rms_norm(tap(spec.name, hidden), layer.shared_head_norm, config.rms_norm_eps)"),
-        Mutation("taken after the final norm", "mtp", "logits = []", "logits, hidden = [], rms_norm(hidden, weights.norm, config.rms_norm_eps)"),
-        Mutation("h^0 for every depth", "mtp", "hidden[: T - k],", "(first := hidden if k == 1 else first)[: len(tokens) - k],", "drafts"),
-    ],
-    "norm weight": [
-        Mutation("used as w", "norm", "(1 + as_float(weight, x.dtype))", "as_float(weight, x.dtype)", "no_extras"),
-        Mutation("1 added twice", "norm", "(1 + as", "(2 + as", "no_extras"),
-    ],
-    "Llama-3 scaling": [
-        Mutation("on sliding layers too", "config", "scaling if kind in scaled_kinds else None", "scaling"),
-        Mutation("on no layer", "config", "scaling if kind in scaled_kinds else None", "None"),
-        Mutation("of every frequency", "rope", "keep * inv_freq + (1 - keep) * inv_freq / factor", "inv_freq / factor"),
-    ],
-    "rope_theta": [
-        Mutation("first element for all layers", "config", "float(thetas[n])", "float(thetas[0])"),
-    ],
+# The golden model that shows a bug, where that is not "tiny".
+GOLDENS = {
+    "norm weight used as w, not 1 + w": "no_extras",
+    "1 added twice to the norm weight": "no_extras",
+    "main model's state fed to every MTP depth": "drafts",
+    "interleaved instead of half-split rotation": "no_extras",
+    "scaling factor of the experts forgotten": "odd",
+    "clamp forgotten": "odd",
+}
+# More bugs of the forward pass: those of files, and one that no single layer shows.
+OTHERS = {
     "head count": [
         Mutation("of full layers everywhere", "config", "settings[kind] = other", "pass", refused="q_proj.weight has shape"),
         Mutation("of full layers everywhere, odd sizes", "config", "settings[kind] = other", "pass", "odd", refused="q_proj.weight has shape"),
     ],
     "rotary width": [
-        Mutation("exponent over head_dim, 16 here", "rope", "dtype=dtype) / spec.rotary_dim", "dtype=dtype) / 16"),
-        Mutation("exponent over head_dim, 12 here", "rope", "dtype=dtype) / spec.rotary_dim", "dtype=dtype) / 12", "odd"),
-        Mutation("whole head rotated", "config", "int(head_dim * factor)", "head_dim"),
-    ],
-    "rotation": [
-        Mutation("interleaved", "rope", "x[..., :pairs], x[..., pairs : 2 * pairs]", "x[..., : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]", "no_extras"),
-    ],
-    "QK-norm": [
-        Mutation("after the rotation", "attention", 'q = tap("q_norm", rms_norm(q, weights.q_norm, eps))', 'q, k, table = tap("q_norm", rms_norm(rotate(q, table), weights.q_norm, eps)), rotate(k, table), Rotation(table.cos**0, table.sin * 0)'),
-        Mutation("not on keys", "attention", "rms_norm(k, weights.k_norm, eps)", "k"),
-    ],
-    "gate": [
-        Mutation("as SiLU", "attention", 'gate = sigmoid(tap("g_proj", linear(x, weights.g_proj)))', 'gate = tap("g_proj", linear(x, weights.g_proj)); gate = gate * sigmoid(gate)'),
-        Mutation("on the output of o_proj", "attention", "heads = heads * gate[:, :, None]", 'return tap("o_proj", linear(heads.reshape(T, H * K), weights.o_proj) * gate.mean(-1, keepdims=True))'),
-        Mutation("forgotten", "attention", "heads * gate[:, :, None]", "heads"),
-    ],
-    "router": [
-        Mutation("biased scores as weights", "moe", "np.take_along_axis(scores, ids", "np.take_along_axis(biased, ids"),
-        Mutation("bias forgotten in selection", "moe", "np.argsort(-biased", "np.argsort(-scores"),
-        Mutation("bias added to logits", "moe", "biased = scores +", "biased = logits +"),
-        Mutation("softmax for sigmoid", "moe", "scores = sigmoid(logits)", "scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)"),
-        Mutation("normalised over all", "moe", "total = chosen.sum(", "total = scores.sum("),
-        Mutation("not normalised", "moe", "chosen / total", "chosen"),
-    ],
-    "scaling factor": [
-        Mutation("on the shared expert too", "model", 'tap("share_expert", shared)', 'tap("share_expert", shared * spec.moe.scaling_factor)'),
-        Mutation("forgotten", "moe", "chosen / total * spec.scaling_factor", "chosen / total", "odd"),
-    ],
-    "clamp": [
-        Mutation("before SiLU", "mlp", "gate = np.minimum(gate, limit)", "gate = silu(np.minimum(linear(x, weights.gate_proj), limit))"),
-        Mutation("routed list for the shared expert", "model", "weights.share_expert, spec.swiglu_limit_shared", "weights.share_expert, spec.swiglu_limit"),
-        Mutation("routed list for the dense MLP", "model", "weights.mlp, spec.swiglu_limit_shared", "weights.mlp, spec.swiglu_limit"),
-        Mutation("shared list for routed experts", "model", "spec.moe, spec.swiglu_limit,", "spec.moe, spec.swiglu_limit_shared,"),
-        Mutation("up held above only", "mlp", "np.clip(up, -limit, limit)", "np.minimum(up, limit)"),
-        Mutation("up left free", "mlp", "np.clip(up, -limit, limit)", "up"),
-        Mutation("forgotten", "mlp", "if limit is not None", "if False", "odd"),
-    ],
-    "window": [
-        Mutation("one too wide", "attention", "query - key < window", "query - key <= window"),
-        Mutation("one too narrow", "attention", "query - key < window", "query - key < window - 1"),
-        Mutation("forgotten", "attention", "mask if window is None else", "mask if True else"),
+        Mutation("exponent over head_dim, odd sizes", "rope", "dtype=dtype) / spec.rotary_dim", "dtype=dtype) / 12", "odd"),
     ],
     "shards": [
         Mutation("found by -of-", "checkpoint", "return weight_map", 'return {n: s for n, s in weight_map.items() if "-of-" in s}', refused="is missing"),
@@ -122,20 +72,18 @@ BUGS = {
         Mutation("never equal to its characters", "config", "moe if n in moe_layers", 'moe if n in list(keys.raw["moe_layers_enum"])', refused="mlp.gate_proj.weight is missing"),
     ],
     "beyond the list": [
-        Mutation("norm subtracts the mean", "norm", "np.square(x)", "np.square(x - x.mean(-1, keepdims=True))"),
-        Mutation("rotation the other way round", "rope", "np.sin(angles)", "-np.sin(angles)"),
-        Mutation("next token visible", "attention", "mask = key <= query", "mask = key <= query + 1"),
-        Mutation("causal mask missing", "attention", "mask = key <= query", "mask = key <= query + count"),
-        Mutation("heads grouped in stripes", "attention", "q.reshape(T, G, R, K).transpose(1, 2, 0, 3)", "q.reshape(T, R, G, K).transpose(2, 1, 0, 3)"),
-        Mutation("scores scaled by 1/K", "attention", "swapaxes(1, 2) * K**-0.5", "swapaxes(1, 2) / K"),
-        Mutation("shared expert dropped", "model", 'routed + tap("share_expert", shared)', 'routed + 0 * tap("share_expert", shared)'),
-        Mutation("MTP halves swapped", "mtp", "(embedding, state)", "(state, embedding)"),
-        Mutation("MTP fed the same token", "mtp", "tokens[k:],", "tokens[: len(tokens) - k],"),
         Mutation("one MTP layer for all depths", "mtp", "zip(weights.mtp, config", "zip(weights.mtp[:1] * len(weights.mtp), config", "drafts"),
     ],
 }  # fmt: skip
+BUGS = {row: [Mutation(*f, GOLDENS.get(f.bug, "tiny")) for f in FOOTGUNS[row]] for row in FOOTGUNS}
+BUGS["head count"] = []  # a layer alone may take part of a matrix, a whole model is refused
+BUGS = {row: BUGS.get(row, []) + OTHERS.get(row, []) for row in BUGS | OTHERS}
 CASES = [pytest.param(m, id=f"{row}: {m.bug}") for row, bugs in BUGS.items() for m in bugs]
-ROUTING = {"bias forgotten in selection", "bias added to logits", "softmax for sigmoid"}
+ROUTING = {
+    "router bias forgotten when experts are chosen",
+    "router bias added to the logits",
+    "softmax router, not sigmoid",
+}
 
 
 @contextmanager
@@ -219,7 +167,7 @@ def test_a_mutation_whose_line_has_gone_is_reported() -> None:
 def test_harmless_mutations_move_nothing_and_bugs_end_with_their_block() -> None:
     with planted(Mutation("harmless", "norm", "(1 + as", "(1.0 + as")):
         assert departure(FILES[-1]).worst < EXACT
-    with planted(BUGS["norm weight"][0]):
+    with planted(Mutation(*FOOTGUNS["norm weight"][0])):
         assert departure(FILES[-1]).worst >= SEEN
     assert departure(FILES[-1]).worst < EXACT
 

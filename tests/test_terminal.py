@@ -116,6 +116,27 @@ def test_a_bar_is_erased_when_the_work_is_interrupted(clock: Clock, err: Termina
     assert err.screen == ""
 
 
+def test_a_bar_of_bytes_counts_gigabytes_and_may_change_on_the_way(
+    clock: Clock, err: Terminal
+) -> None:
+    bar = Progress("model.layers.0", 394_000_000_000, "GB", 1e9)
+    clock.now += 0.5
+    bar(500_000_000)
+    assert err.getvalue() == ""
+    clock.now += 3.5
+    bar.label = "model.layers.17"
+    bar(6_000_000_000)
+    cells = "░" * 24
+    amounts = "6.0/394.0 GB, 1.5 GB/s, 4:18 left"
+    assert err.screen == f"model.layers.17 {cells} {amounts}"
+    bar.total = 12_000_000_000
+    bar(6_000_000_000)
+    cells, drawn = "█" * 12 + "░" * 12, err.getvalue().rpartition("\r")[2]
+    assert drawn == f"model.layers.17 {cells} 6.0/12.0 GB, 1.5 GB/s, 0:04 left\x1b[K"
+    bar.erase()
+    assert err.screen == ""
+
+
 # Answers
 
 CALL = Event("tool_call", ToolCall("weather", {"city": "北京", "days": [1, 2]}))

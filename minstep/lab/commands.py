@@ -7,15 +7,29 @@ from argparse import Namespace
 import numpy as np
 
 from minstep.checkpoint import open_checkpoint
-from minstep.config import parse_config
+from minstep.config import load_config, parse_config
 from minstep.configs import find_config
 from minstep.files import InputError, atomic_file, check_space, is_of_checkpoint
 from minstep.generate import check_prompt
 from minstep.keys import read_json
+from minstep.lab.checks import check_layers, checkable, checks_json, checks_table
+from minstep.lab.diff import Report, as_json, diff, diff_table, layer_of, verdict
 from minstep.lab.inspect import inspect, table
+from minstep.lab.record import plan, record_file
+from minstep.lab.recording import open_recording
+from minstep.lab.shards import (
+    layers_report,
+    layers_table,
+    numbered,
+    openable,
+    shards_report,
+    shards_table,
+)
 from minstep.lab.trace import record, save_trace
 from minstep.native import hub_config
 from minstep.save import Form, needed_space, save_random
+from minstep.terminal import note
+from minstep.tokenizer import encode, load_tokenizer
 from minstep.weights import tensor_shapes
 
 
@@ -28,6 +42,22 @@ def run_trace(args: Namespace) -> None:
     with atomic_file(args.out) as temporary:  # first, so that a bad path is refused before the work
         trace = record(args.tokens, checkpoint.weights(), checkpoint.config, np.dtype(args.dtype))
         save_trace(trace, args.tokens, temporary)
+
+
+def run_record(args: Namespace) -> None:
+    """Write chosen tensors of chosen layers, a layer at a time."""
+    checkpoint, tokens = open_checkpoint(args.model), args.tokens
+    if is_of_checkpoint(args.out, args.model):
+        raise InputError(f"{args.out}: belongs to the checkpoint, expected another file")
+    if tokens is None:
+        tokenizer = load_tokenizer(args.model)
+        if tokenizer is None:
+            message = "is missing, expected for --prompt (record --tokens does without)"
+            raise InputError(f"{args.model / 'tokenizer.json'}: {message}")
+        tokens = encode(tokenizer, args.prompt)
+    layers = numbered(args.layers, checkpoint.config, "--layers") if args.layers else None
+    job = plan(checkpoint, tokens, np.dtype(args.dtype), layers, args.names, args.input)
+    record_file(job, args.out, lambda text: note(f"minstep: {text}"))
 
 
 def run_make_tiny(args: Namespace) -> None:
@@ -52,6 +82,52 @@ def run_make_tiny(args: Namespace) -> None:
 
 
 def run_inspect(args: Namespace) -> None:
-    """Print layers, shapes, dtypes, bytes and parameters by part."""
-    report = inspect(find_config(args.model))
-    print(json.dumps(report) if args.json else table(report))
+    """Print layers, shapes, dtypes, bytes and parameters by part; or what the files hold."""
+    folder, show = find_config(args.model), table
+    if args.shards:
+        report, show = shards_report(open_checkpoint(folder)), shards_table
+    elif args.layer or args.first:
+        flag, ranges = ("--layer", args.layer) if args.layer else ("--first", [range(args.first)])
+        numbers = numbered(ranges, load_config(folder), flag)
+        report, show = layers_report(openable(folder, numbers), numbers), layers_table
+    else:
+        report = inspect(folder)
+    print(json.dumps(report) if args.json else show(report))
+
+
+def run_check_layer(args: Namespace) -> int:
+    """Hold layers against a recording: 0 where they compute the same, 1 where a tensor departs."""
+    checkpoint, theirs = open_checkpoint(args.model), open_recording(args.against)
+    numbers, skipped = checkable(checkpoint, theirs) if args.all else ([], {})
+    if args.layer:
+        numbers = numbered(args.layer, checkpoint.config, "--layer")
+    checks = check_layers(checkpoint, theirs, numbers, np.dtype(args.dtype), args.tolerance)
+    checks = checks._replace(skipped=skipped)
+    print(json.dumps(checks_json(checks)) if args.json else checks_table(checks))
+    return 0 if checks.is_match else 1
+
+
+def run_diff(args: Namespace) -> int:
+    """Compare two recordings: 0 where all is the same, 1 where a tensor departs."""
+    config = load_config(args.model) if args.model else None
+    ours, theirs = open_recording(args.ours), open_recording(args.theirs)
+    report = diff(ours, theirs, args.tolerance, config, args.names)
+    why = _explained(args, report) if report.departure and config else []
+    if args.json:
+        print(json.dumps(as_json(report) | {"explained": why}))
+    else:
+        print("\n".join([diff_table(report), verdict(report), *why]))
+    return 0 if report.departure is None else 1
+
+
+def _explained(args: Namespace, report: Report) -> list[str]:
+    """What the layer that departs first says when it is run alone; only then is a weight read."""
+    try:
+        checkpoint = open_checkpoint(args.model)
+        n = layer_of(report, checkpoint.config)
+        dtype = np.dtype("float64" if report.theirs.engine_dtype == "float64" else "float32")
+        checks = check_layers(checkpoint, report.theirs, [n], dtype, args.tolerance)
+    except InputError as error:  # the two still departed: that was said, and is the exit code
+        return [f"not explained: {error}"]
+    alone = f"layer {n}, run from the input that {args.theirs} has, computes what it has"
+    return checks.explained.get(n, [f"{alone}: the cause lies before it, or in {args.ours}"])

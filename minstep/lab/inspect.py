@@ -2,13 +2,14 @@
 
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from minstep.checkpoint import HUB_DTYPES, open_checkpoint
+from minstep.checkpoint import HUB_DTYPES, Checkpoint, open_checkpoint
 from minstep.config import Config, load_config
 from minstep.header import BYTES
-from minstep.weights import tensor_shapes
+from minstep.weights import SCALES, Shape, blocks, tensor_shapes
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -16,26 +17,25 @@ def inspect(path: Path) -> dict[str, Any]:
 
     `total_parameters` counts every tensor, `active_parameters_per_token` what one token passes
     through in the main layers and the final norm: A of E experts, without embedding, output
-    matrix and MTP, which is how the report counts its 11B. Without weight files, dtypes and bytes
-    are what the config's torch_dtype gives. Raises InputError as open_checkpoint does.
+    matrix and MTP, which is how the report counts its 11B. Of tensors that are not there, dtypes
+    and bytes are what the config gives; `missing` counts those in files that the index names.
+    Raises InputError as open_checkpoint does.
     """
-    config = load_config(path)
-    shapes = tensor_shapes(config)
-    stored = HUB_DTYPES.get(config.torch_dtype or "", "BF16")
-    dtypes = {n: "F32" if n.endswith("router_bias") else stored for n in shapes}
     has_weights = path.is_dir() and any(path.glob("*.safetensors*"))
+    config, absent, tensors = load_config(path), dict[str, Path](), expected(load_config(path))
     if has_weights:
         checkpoint = open_checkpoint(path)
-        checkpoint.weights()  # every shape and dtype is checked
-        shapes = {n: s for n, s in shapes.items() if n in checkpoint.tensors}
-        dtypes = {n: checkpoint.tensors[n].dtype for n in shapes}
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        config, absent = checkpoint.config, checkpoint.absent
+        tensors = checked(checkpoint)
+    sizes = {n: 0 if n.endswith(SCALES) else math.prod(t.shape) for n, t in tensors.items()}
     parts: dict[str, dict[str, int]] = {}
     for name, size in sizes.items():
         part = parts.setdefault(_part(name, config), {"tensors": 0, "parameters": 0, "bytes": 0})
-        part["tensors"] += 1
-        part["parameters"] += size
-        part["bytes"] += size * BYTES[dtypes[name]]
+        _count(part, size, tensors[name])
+    missing: dict[str, Any] = {"tensors": 0, "parameters": 0, "bytes": 0}
+    for name in [name for name in tensors if name in absent]:
+        _count(missing, sizes[name], tensors[name])
+    missing["files"] = sorted({file.name for file in absent.values() if file != path})
     total = sum(sizes.values())
     mtp = sum(size for name, size in sizes.items() if _layer(name) >= len(config.layers))
     return {
@@ -46,9 +46,62 @@ def inspect(path: Path) -> dict[str, Any]:
         "active_parameters_per_token": _active(sizes, config),
         "bytes": sum(part["bytes"] for part in parts.values()),
         "parts": parts,
+        "missing": missing,
         "layers": [spec._asdict() for spec in config.layers + config.mtp_layers],
-        "tensors": {n: {"shape": list(s), "dtype": dtypes[n]} for n, s in shapes.items()},
+        "tensors": {n: {"shape": list(t.shape), "dtype": t.dtype} for n, t in tensors.items()},
     }
+
+
+class Stored(NamedTuple):
+    """A tensor as a file holds it, or is expected to: dtype code and shape."""
+
+    dtype: str
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in a file."""
+        return math.prod(self.shape) * BYTES[self.dtype]
+
+
+def expected(
+    config: Config, own_mtp_heads: bool = True, held: Collection[str] | None = None
+) -> dict[str, Stored]:
+    """Every tensor of a checkpoint with this config, FP8 scales too, in the model's order.
+
+    Where the config leaves the dtype open, it is what the released checkpoints have. `held`, if
+    given, are the tensors that an index names: a weight without scales among them is not FP8.
+    """
+    tensors: dict[str, Stored] = {}
+    plain, quantization = HUB_DTYPES.get(config.torch_dtype or "", "BF16"), config.quantization
+    for name, shape in tensor_shapes(config, own_mtp_heads).items():
+        tensors[name] = Stored("F32" if name.endswith("router_bias") else plain, shape)
+        scales = f"{name}{SCALES}"
+        if quantization and quantization.covers(name) and (held is None or scales in held):
+            tensors[name] = Stored("F8_E4M3", shape)
+            tensors[scales] = Stored("F32", blocks(shape, quantization[:2]))
+    return tensors
+
+
+def checked(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """Every tensor of the model as it is in its file; where that is missing, as expected.
+
+    Raises InputError for a tensor that does not fit the config, and for one that no file has.
+    """
+    config, own, absent = checkpoint.config, checkpoint.has_own_heads(), checkpoint.absent
+    if not absent:
+        checkpoint.weights()
+    for name, shape in tensor_shapes(config, own).items():
+        if not absent.keys() & {name, f"{name}{SCALES}"}:
+            checkpoint.get(name, shape)
+    found = {n: Stored(t.dtype, t.shape) for n, t in checkpoint.tensors.items()}
+    return {n: found.get(n, t) for n, t in expected(config, own, {*found, *absent}).items()}
+
+
+def _count(part: dict[str, int], parameters: int, tensor: Stored) -> None:
+    part["tensors"] += 1
+    part["parameters"] += parameters
+    part["bytes"] += tensor.nbytes
 
 
 def _layer(name: str) -> int:
@@ -61,6 +114,8 @@ def _part(name: str, config: Config) -> str:
     """The part of the model that a tensor is counted in."""
     if _layer(name) >= len(config.layers):
         return "MTP layers"
+    if name.endswith(SCALES):
+        return "FP8 scales"
     if ".moe." in name:
         return "router" if name.endswith(("moe.gate.weight", "router_bias")) else "routed experts"
     for piece in ("self_attn", "share_expert", "mlp", "embed_tokens", "lm_head"):
@@ -90,6 +145,10 @@ def table(report: dict[str, Any]) -> str:
         counts = f"{part['tensors']:>8}{part['parameters']:>18,}{part['bytes']:>18,}"
         lines.append(f"{name:16}{counts}")
     lines.append(f"{'all':16}{'':8}{report['total_parameters']:>18,}{report['bytes']:>18,}")
+    if report["missing"]["tensors"]:
+        gone = report["missing"]
+        counts = f"{gone['tensors']:>8}{gone['parameters']:>18,}{gone['bytes']:>18,}"
+        lines.append(f"{'missing':16}{counts}  in files that are not there, by the config")
     lines.append(f"{'without MTP':24}{report['parameters_without_mtp']:>18,}")
     lines.append(f"{'active per token':24}{report['active_parameters_per_token']:>18,}")
     heads = "layer                  kind               heads kv  K   window theta     rotary scaled"

@@ -1,6 +1,6 @@
 """Two recordings of one prompt, a pair of tensors at a time, in the model's order.
 
-Checked by: tests/test_recording.py
+Checked by: tests/test_diff.py
 """
 
 from collections.abc import Collection, Iterable, Iterator

@@ -1,47 +1,119 @@
 """Record what every named point of a forward pass computed, and write it to a safetensors file."""
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from minstep.config import Config
-from minstep.files import InputError
+from minstep.files import InputError, os_reason
 from minstep.generate import check_prompt
-from minstep.model import ModelWeights, decoder, head
+from minstep.header import BYTES
+from minstep.model import ModelWeights, decoder, head, run_layers
 from minstep.mtp import mtp_forward
 from minstep.tap import Array, Tap
 
 Trace = dict[str, Array]
+CODES = {"float32": "F32", "float64": "F64", "int64": "I64"}  # safetensors' names of dtypes
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
 class Recorder(Tap):
-    """Keeps a copy of every tensor whose full name `wants` accepts, in the order they come."""
+    """Keeps a copy of every tensor whose full name `wants` accepts, in the order they come.
+
+    `then` is told of every tensor, kept or not, after it was kept.
+    """
 
     def __init__(
-        self, tensors: Trace, wants: Callable[[str], bool] = lambda name: True, scope: str = ""
+        self,
+        tensors: Trace,
+        wants: Callable[[str], bool] = lambda name: True,
+        scope: str = "",
+        then: Callable[[str, Array], None] = lambda name, x: None,
     ) -> None:
         self.tensors = tensors
         self._wants = wants
         self._scope = scope
+        self._then = then
 
     def __call__(self, name: str, x: Array) -> Array:
         if self.wants(name):
             self.tensors[self._full(name)] = np.array(x)
+        self._then(self._full(name), x)
         return x
 
     def wants(self, name: str) -> bool:
         return self._wants(self._full(name))
 
     def at(self, scope: str) -> Tap:
-        return Recorder(self.tensors, self._wants, self._full(scope))
+        return type(self)(self.tensors, self._wants, self._full(scope), self._then)
 
     def _full(self, name: str) -> str:
         return f"{self._scope}.{name}" if self._scope else name
+
+
+class Stage(NamedTuple):
+    """A part of the forward pass that can begin from the state before it.
+
+    `name`: its module; `last`: the last tensor that it computes.
+    """
+
+    name: str
+    last: str
+
+    def has(self, tensor: str) -> bool:
+        """Whether a tensor of the trace, or of the checkpoint, is this stage's own."""
+        scopes = ("model.norm", HEAD) if self.name == HEAD else (self.name,)
+        return tensor in scopes or tensor.startswith(tuple(f"{scope}." for scope in scopes))
+
+
+def stages(config: Config, count: int) -> list[Stage]:
+    """The stages over `count` tokens, in order: embedding, main layers, head, MTP depths.
+
+    A depth that has no position left is left out. The state after a stage is its module's output;
+    the head leaves the state as it is.
+    """
+    main = [Stage(spec.name, spec.name) for spec in config.layers]
+    output = "transformer.shared_head.output"
+    depths = [Stage(s.name, f"{s.name}.{output}") for s in config.mtp_layers[: count - 1]]
+    return [Stage(EMBEDDING, EMBEDDING), *main, Stage(HEAD, HEAD), *depths]
+
+
+def walk(
+    tokens: Sequence[int],
+    weights: ModelWeights,
+    config: Config,
+    dtype: DTypeLike,
+    tap: Tap,
+    first: int = 0,
+    state: Array | None = None,
+    end: int | None = None,
+) -> None:
+    """Run the stages first, ..., end - 1 as `stages` lists them; what they compute goes to `tap`.
+
+    `state`: [T, D] after the stage before `first`. The head runs if `tap` wants any of it. MTP
+    depths see the true next tokens. Weights of other stages are not looked at.
+    Checked by: tests/test_golden.py, tests/test_record.py
+    """
+    L, M = len(config.layers), len(config.mtp_layers)
+    end = L + M + 2 if end is None else end
+    main = slice(max(first - 1, 0), max(end - 1, 0))
+    layers, specs = weights.layers[main], config.layers[main]
+    if state is None:
+        its_config = config._replace(layers=specs)
+        state = decoder(tokens, weights._replace(layers=layers), its_config, dtype, tap=tap)
+    else:
+        state = run_layers(state, layers, specs, 0, config.rms_norm_eps, tap=tap)  # [T, D]
+    if first <= L + 1 < end and (tap.wants("model.norm") or tap.wants(HEAD)):
+        head(state, weights, config, tap)
+    done = max(first - L - 2, 0)  # depths; each has taken a position
+    mtp = slice(done, max(end - L - 2, 0))
+    its_config = config._replace(mtp_layers=config.mtp_layers[mtp])
+    mtp_forward(tokens[done:], state, weights._replace(mtp=weights.mtp[mtp]), its_config, tap)
 
 
 def record(
@@ -59,20 +131,59 @@ def record(
     probs = {f"{config.layers[n].name}.self_attn.probs" for n in shown}
     trace: Trace = {}
     tap = Recorder(trace, lambda name: not name.endswith(".probs") or name in probs)
-    hidden = decoder(tokens, weights, config, dtype, tap=tap)
-    head(hidden, weights, config, tap)
-    mtp_forward(tokens, hidden, weights, config, tap)
+    walk(tokens, weights, config, dtype, tap)
     return trace
 
 
-def save_trace(trace: Trace, tokens: Sequence[int], path: Path) -> None:
-    """Write the trace to `path`; the metadata holds the tokens and the names' order as JSON.
+class Data(NamedTuple):
+    """A tensor to be written: its dtype code, its shape, and its bytes piece by piece."""
 
-    safetensors sorts tensors by dtype and name, so the order of computation is kept beside them.
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: Iterable[Any]
+
+    @classmethod
+    def of(cls, x: Array) -> "Data":
+        """An array of a dtype that activations have."""
+        return cls(CODES[x.dtype.name], x.shape, [np.ascontiguousarray(x).data])
+
+
+def write_tensors(file: Path, tensors: dict[str, Data], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, a piece at a time. Wider dtypes lie first: all are aligned.
+
+    The package's own writer wants a whole file in memory. Raises OSError.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    reached = 0
+    widest_first = sorted(tensors, key=lambda name: -BYTES[tensors[name].dtype])
+    for name in widest_first:
+        dtype, shape, _ = tensors[name]
+        end = reached + math.prod(shape) * BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [reached, end]}
+        reached = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for name in widest_first:
+            opened.writelines(tensors[name].pieces)
+
+
+def described(tokens: Sequence[int], order: Sequence[str], **facts: str) -> dict[str, str]:
+    """The metadata of a recording: the tokens, the names in order of computation, and facts."""
+    lists = {"tokens": json.dumps(list(tokens)), "order": json.dumps(list(order))}
+    return {"format": "minstep-trace", "engine": "minstep"} | lists | facts
+
+
+def save_trace(trace: Trace, tokens: Sequence[int], path: Path) -> None:
+    """Write the trace to `path`, its metadata as `described`.
+
     Raises InputError when it cannot be written.
     """
-    metadata = {"format": "minstep-trace", "tokens": json.dumps(list(tokens))}
+    dtypes = {x.dtype.name for x in trace.values() if x.dtype.kind == "f"}
+    facts = {"dtype": dtypes.pop()} if len(dtypes) == 1 else {}
     try:
-        save_file(trace, path, metadata | {"order": json.dumps(list(trace))})
-    except SafetensorError as error:  # how the package says that the disk is full
-        raise InputError(f"{path}: cannot be written: {error}") from error
+        tensors = {name: Data.of(x) for name, x in trace.items()}
+        write_tensors(path, tensors, described(tokens, list(trace), **facts))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {os_reason(error)}") from error

@@ -1,0 +1,174 @@
+"""Several layers, each held against a recording from its own recorded input: what comes of it all.
+
+Checked by: tests/test_layer.py
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from minstep.checkpoint import Checkpoint
+from minstep.config import LayerSpec
+from minstep.files import InputError
+from minstep.lab.compare import Comparison
+from minstep.lab.diff import Report, describe, diff_table, row_json
+from minstep.lab.explain import ALL, explain, looks_like
+from minstep.lab.footguns import Footgun
+from minstep.lab.layer import Checked, check_layer
+from minstep.lab.names import is_weight, split
+from minstep.lab.recording import Recording
+from minstep.lab.rerun import input_names
+from minstep.lab.trace import EMBEDDING
+from minstep.terminal import Progress
+
+
+class Checks(NamedTuple):
+    """What came of each layer that was held against the recording `theirs`.
+
+    `explained`: what is said of a layer that departs. `skipped`: layers that were not checked, by
+    the reason.
+    """
+
+    theirs: Recording
+    layers: list[Checked]
+    explained: dict[int, list[str]]
+    skipped: dict[str, list[int]]
+
+    @property
+    def rows(self) -> list[Comparison]:
+        """Every comparison of every layer, in order."""
+        return [row for checked in self.layers for row in checked.comparisons]
+
+    @property
+    def is_match(self) -> bool:
+        """Whether no tensor departs."""
+        return all(row.is_match for row in self.rows)
+
+
+def checkable(checkpoint: Checkpoint, theirs: Recording) -> tuple[list[int], dict[str, list[int]]]:
+    """The layers that a recording and the shards that are there let one check, and the others.
+
+    Raises InputError where there is none.
+    """
+    config, there = checkpoint.config, theirs.names
+    L = len(config.layers)
+    numbers: list[int] = []
+    skipped: dict[str, list[int]] = {}
+    for n in range(L + len(config.mtp_layers)):
+        parts = [split(name)[1] for name in there if split(name)[0] == n and not is_weight(name)]
+        has_input = any(name in there for name in input_names(n))
+        takes_tokens = n >= L or (n == 0 and not has_input)
+        needs = [f"model.layers.{n}.", *([f"{EMBEDDING}."] if takes_tokens else [])]
+        reasons = {
+            "the recording has no output of theirs": not set(parts) - {"input"},
+            "the recording has no input of theirs": not has_input and (n or not theirs.tokens),
+            "the recording does not say the tokens": n >= L and theirs.tokens is None,
+            "the prompt is too short": n >= L and len(theirs.tokens or ()) <= n - L + 1,
+            "shards are missing": any(name.startswith(tuple(needs)) for name in checkpoint.absent),
+        }
+        reason = next((reason for reason, holds in reasons.items() if holds), None)
+        if reason is None:
+            numbers.append(n)
+        else:
+            skipped.setdefault(reason, []).append(n)
+    if not numbers:
+        said = "; ".join(f"layers {_ranges(which)}: {why}" for why, which in skipped.items())
+        raise InputError(f"{theirs.path}: no layer can be checked: {said}")
+    return numbers, skipped
+
+
+def check_layers(
+    checkpoint: Checkpoint,
+    theirs: Recording,
+    numbers: Sequence[int],
+    dtype: DTypeLike = np.float32,
+    tolerance: float | None = None,
+) -> Checks:
+    """Check each layer, and look for what explains those that depart.
+
+    A bug that explained a layer is tried first on the next. Where no bug is known, layers that
+    differ in nothing but their weights are not tried again. Raises InputError as check_layer does.
+    """
+    bar = Progress("checking", len(numbers), "layers")
+    config, checks = checkpoint.config, Checks(theirs, [], {}, {})
+    known: list[Footgun] = []
+    unexplained: dict[LayerSpec, int] = {}
+    for done, n in enumerate(numbers, start=1):
+        checked = check_layer(checkpoint, n, theirs, dtype, tolerance)
+        checks.layers.append(checked)
+        kind = (*config.layers, *config.mtp_layers)[n]._replace(name="")
+        if checked.first is not None and kind in unexplained:
+            same = f"is of the same kind as layer {unexplained[kind]}"
+            checks.explained[n] = [f"{same}: {line}" for line in looks_like(checked, [])]
+        elif checked.first is not None:
+            trials = explain(checkpoint, theirs, checked, dtype, known)
+            if not any(trial.still is None for trial in trials):
+                bar.erase()
+                tried = Progress(f"layer {n} departs, trying", len(ALL), "known bugs")
+                trials = explain(checkpoint, theirs, checked, dtype, progress=tried)
+            found = [trial.footgun for trial in trials if trial.still is None]
+            known += [footgun for footgun in found if footgun not in known]
+            unexplained |= {} if found else {kind: n}
+            checks.explained[n] = looks_like(checked, trials)
+        bar(done)
+    return checks
+
+
+def checks_table(checks: Checks) -> str:
+    """A line for each tensor, then what is to be said of layers; the last line is the verdict."""
+    lines = [diff_table(Report(checks.theirs, checks.theirs, 0.0, checks.rows, [], []))]
+    for why, which in checks.skipped.items():
+        lines.append(f"not checked: layers {_ranges(which)}, since {why}")
+    for checked in checks.layers:
+        at = f"layer {checked.layer}"
+        if checked.others:
+            such = f"{len(checked.others)} such as {checked.others[0]}"
+            lines.append(f"{at}: not compared, since nothing here computes it: {such}")
+        if checked.ties:
+            count = f"{checked.ties} of {checked.tokens} tokens"
+            lines.append(f"{at}: {count} chose other experts at a tie; went on with the recorded")
+        if checked.first:
+            lines.append(f"{at} departs first at {describe(checked.first)}")
+            lines += [f"{at} {line}" for line in checks.explained.get(checked.layer, [])]
+    return "\n".join([*lines, _verdict(checks)])
+
+
+def _verdict(checks: Checks) -> str:
+    worst = max((row for row in checks.rows), key=lambda row: row.max_error)
+    departing = [checked.layer for checked in checks.layers if checked.first]
+    count = f"{len(checks.layers)} layer{'s' if len(checks.layers) > 1 else ''}"
+    if departing:
+        several = "s" if len(departing) > 1 else ""
+        return f"mismatch: layer{several} {_ranges(departing)} of {count} checked"
+    tolerance = checks.layers[0].tolerance
+    at = f"worst {worst.max_error:.1e} at {worst.name}"
+    return f"match: {count}, {len(checks.rows)} tensors within {tolerance:g} ({at})"
+
+
+def checks_json(checks: Checks) -> dict[str, Any]:
+    """The same as JSON holds it."""
+    layers = [
+        {
+            "layer": checked.layer,
+            "match": checked.first is None,
+            "first": checked.first and checked.first.name,
+            "ties": checked.ties,
+            "tokens": checked.tokens,
+            "tolerance": checked.tolerance,
+            "tensors": [row_json(row) for row in checked.comparisons],
+            "not_compared": checked.others,
+            "explained": checks.explained.get(checked.layer, []),
+        }
+        for checked in checks.layers
+    ]
+    return {"match": checks.is_match, "layers": layers, "skipped": checks.skipped}
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0, 1, 2, 5 -> 0-2,5."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    pairs = zip(starts, ends, strict=True)
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in pairs)

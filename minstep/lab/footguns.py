@@ -1,0 +1,169 @@
+"""Bugs that ports of this model have had, as changes of a line of the real code, and how to run it.
+
+Each is worded to follow "looks like:". One bug may stand several times, once for each way that a
+port has it, where recorded tensors differ. Bugs of loading files and of decoding are no part of
+this, since no layer can show them.
+Checked by: tests/test_footguns.py, tests/test_mutations.py
+"""
+
+import builtins
+from functools import cache
+from importlib import import_module
+from importlib.resources import files
+from types import ModuleType
+from typing import Any, NamedTuple
+
+# The files that compute a layer, in the order of their imports.
+CHAIN = ("config", "norm", "rope", "attention", "mlp", "moe", "model", "mtp", "weights")
+
+
+class Footgun(NamedTuple):
+    """One bug: the fragment of minstep/`module`.py that is right, and what a port has instead."""
+
+    bug: str
+    module: str
+    right: str
+    wrong: str
+
+
+class Variant(NamedTuple):
+    """The modules that run a layer: the real ones, or copies that share a bug."""
+
+    config: ModuleType
+    moe: ModuleType
+    model: ModuleType
+    mtp: ModuleType
+    weights: ModuleType
+
+
+@cache
+def variant(footgun: Footgun | None = None) -> Variant:
+    """The package's own modules, or with a footgun private copies of those that it reaches.
+
+    The copies import each other, and the real modules never see them: variants can live side by
+    side. Raises RuntimeError unless the fragment stands in its file exactly once.
+    """
+    copies: dict[str, ModuleType] = {}
+
+    def find(name: str, *how: Any) -> ModuleType:
+        return copies.get(name) or __import__(name, *how)
+
+    for name in CHAIN[CHAIN.index(footgun.module) :] if footgun else ():
+        source = files("minstep").joinpath(f"{name}.py").read_text(encoding="utf-8")
+        if footgun and name == footgun.module:
+            if (count := source.count(footgun.right)) != 1:
+                message = f"{footgun.bug}: its line stands {count} times in {name}.py, expected 1"
+                raise RuntimeError(message)
+            source = source.replace(footgun.right, footgun.wrong)
+        copy = copies[f"minstep.{name}"] = ModuleType(f"minstep.{name}")
+        vars(copy)["__builtins__"] = vars(builtins) | {"__import__": find}
+        exec(compile(source, f"{name}.py of a variant", "exec"), vars(copy))
+    full = (f"minstep.{name}" for name in Variant._fields)
+    return Variant(*(copies.get(name) or import_module(name) for name in full))
+
+
+QK_NORM = """\
+q = tap("q_norm", rms_norm(q, weights.q_norm, eps))
+    k = tap("k_norm", rms_norm(k, weights.k_norm, eps))"""
+QK_PROJ = """\
+q = tap("q_proj", linear(x, weights.q_proj)).reshape(T, H, K)  # [T, H, K]
+    k = tap("k_proj", linear(x, weights.k_proj)).reshape(T, G, K)  # [T, G, K]"""
+ROTATE = """\
+first, second = x[..., :pairs], x[..., pairs : 2 * pairs]  # [T, N, P]
+    turned = (first * cos - second * sin, second * cos + first * sin)"""
+SUM = """\
+routed = tap("moe", moe(normed, weights.moe, spec.moe, spec.swiglu_limit, tap.at("moe")))
+    shared = swiglu(normed, weights.share_expert, spec.swiglu_limit_shared)
+    return x + (routed + tap("share_expert", shared))"""
+ATTEND = "heads = attend(q, past, past.start + past.keys.shape[1] - T, spec.window, tap)"
+UNGATED = 'out = tap("o_proj", linear(heads.reshape(T, H * K), weights.o_proj))'
+
+# By row of what was published; the last row only seems likely.
+FOOTGUNS = {
+    "MTP head": (
+        Footgun("MTP head replaced by lm_head", "weights", 'f"{spec.name}.transformer.shared_head.output.weight"', '"lm_head.weight"'),
+        Footgun("norm before an MTP head replaced by model.norm", "weights", 'f"{spec.name}.transformer.shared_head.norm.weight"', '"model.norm.weight"'),
+        Footgun("norm before an MTP head applied twice", "mtp", "logits.append(mtp_head(hidden,", "logits.append(mtp_head(rms_norm(hidden, layer.shared_head_norm, config.rms_norm_eps),"),
+        Footgun("norm before an MTP head forgotten", "mtp", "rms_norm(x, weights.shared_head_norm, eps)", "x"),
+    ),
+    "MTP hidden": (
+        Footgun("hidden passed between MTP depths after the norm", "mtp", "hidden[: T - k],", "rms_norm(hidden[: T - k], weights.norm if k == 1 else weights.mtp[k - 2].shared_head_norm, config.rms_norm_eps),"),
+        Footgun("main model's state fed to every MTP depth", "mtp", "hidden[: T - k],", '(first := tap("h0", hidden) if k == 1 else first)[: T - k],'),
+    ),
+    "norm weight": (
+        Footgun("norm weight used as w, not 1 + w", "norm", "(1 + as_float(weight, x.dtype))", "as_float(weight, x.dtype)"),
+        Footgun("1 added twice to the norm weight", "norm", "(1 + as", "(2 + as"),
+        Footgun("QK-norm weight used as w, not 1 + w", "attention", QK_NORM, QK_NORM.replace("weights.q_norm", "np.asarray(weights.q_norm, x.dtype) - 1").replace("weights.k_norm", "np.asarray(weights.k_norm, x.dtype) - 1")),
+    ),
+    "Llama-3 scaling": (
+        Footgun("Llama-3 scaling applied to a sliding layer", "config", "scaling if kind in scaled_kinds else None", "scaling"),
+        Footgun("Llama-3 scaling applied to no layer", "config", "scaling if kind in scaled_kinds else None", "None"),
+        Footgun("every frequency slowed by the factor, not by Llama-3's rule", "rope", "keep * inv_freq + (1 - keep) * inv_freq / factor", "inv_freq / factor"),
+    ),
+    "rope_theta": (
+        Footgun("first element of rope_theta taken for all layers", "config", "float(thetas[n])", "float(thetas[0])"),
+    ),
+    "head count": (
+        Footgun("head count of full layers used everywhere", "config", "settings[kind] = other", "pass"),
+    ),
+    "rotary width": (
+        Footgun("rotary exponent over head_dim, not the rotary width", "config", "float(thetas[n]),", "float(thetas[n]) ** (rotary_dim / head_dim),"),
+        Footgun("whole head rotated where partial_rotary_factors says a part", "config", "int(head_dim * factor)", "head_dim"),
+    ),
+    "rotation": (
+        Footgun("interleaved instead of half-split rotation", "rope", "x[..., :pairs], x[..., pairs : 2 * pairs]", "x[..., : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]"),
+        Footgun("interleaved instead of half-split rotation", "rope", ROTATE, "first, second = x[..., : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]; turned = (np.stack((first * cos - second * sin, second * cos + first * sin), -1).reshape(*x.shape[:-1], 2 * pairs),)"),
+        Footgun("rows of q_proj and k_proj permuted for interleaved rotation, but half-split is used", "attention", QK_PROJ, 'q = tap("q_proj", linear(x, weights.q_proj).reshape(T, H, 2, K // 2).swapaxes(2, 3).reshape(T, H * K)).reshape(T, H, K); k = tap("k_proj", linear(x, weights.k_proj).reshape(T, G, 2, K // 2).swapaxes(2, 3).reshape(T, G * K)).reshape(T, G, K)'),
+    ),
+    "QK-norm": (
+        Footgun("QK-norm after the rotation", "attention", 'q = tap("q_norm", rms_norm(q, weights.q_norm, eps))', 'q, k, table = tap("q_norm", rms_norm(rotate(q, table), weights.q_norm, eps)), rotate(k, table), Rotation(table.cos**0, table.sin * 0)'),
+        Footgun("QK-norm on the queries only", "attention", "rms_norm(k, weights.k_norm, eps)", "k"),
+    ),
+    "gate": (
+        Footgun("gate as SiLU, not sigmoid", "attention", 'gate = sigmoid(tap("g_proj", linear(x, weights.g_proj)))', 'gate = tap("g_proj", linear(x, weights.g_proj)); gate = gate * sigmoid(gate)'),
+        Footgun("gate on the output of o_proj", "attention", "heads = heads * gate[:, :, None]", f"{UNGATED}; return out * gate[:, np.arange(out.shape[1]) * H // out.shape[1]]"),
+        Footgun("gate on the output of o_proj", "attention", "heads = heads * gate[:, :, None]", f"{UNGATED}; return out * gate.mean(-1, keepdims=True)"),
+        Footgun("gate forgotten", "attention", "heads * gate[:, :, None]", "heads"),
+    ),
+    "router": (
+        Footgun("biased scores used as expert weights", "moe", "np.take_along_axis(scores, ids", "np.take_along_axis(biased, ids"),
+        Footgun("router bias forgotten when experts are chosen", "moe", "biased = scores + as_float(weights.router_bias, x.dtype)", "biased = scores"),
+        Footgun("router bias added to the logits", "moe", "biased = scores +", "biased = logits +"),
+        Footgun("softmax router, not sigmoid", "moe", "scores = sigmoid(logits)", "scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)"),
+        Footgun("expert weights normalised over all experts", "moe", "total = chosen.sum(", "total = scores.sum("),
+        Footgun("expert weights not normalised", "moe", "chosen / total", "chosen"),
+    ),
+    "scaling factor": (
+        Footgun("scaling factor on the shared expert too", "model", 'tap("share_expert", shared)', 'tap("share_expert", shared * spec.moe.scaling_factor)'),
+        Footgun("scaling factor on the shared expert too", "model", 'tap("share_expert", shared)', 'tap("share_expert", shared) * spec.moe.scaling_factor'),
+        Footgun("scaling factor on the shared expert too", "model", SUM, SUM.replace("spec.moe,", "spec.moe._replace(scaling_factor=1.0),").replace("x + (", "x + spec.moe.scaling_factor * (")),
+        Footgun("scaling factor of the experts forgotten", "model", "x + (routed + tap", "x + (routed / spec.moe.scaling_factor + tap"),
+        Footgun("scaling factor of the experts forgotten", "moe", "chosen / total * spec.scaling_factor", "chosen / total"),
+    ),
+    "clamp": (
+        Footgun("clamp before SiLU", "mlp", "gate = np.minimum(gate, limit)", "gate = silu(np.minimum(linear(x, weights.gate_proj), limit))"),
+        Footgun("clamp before SiLU", "mlp", "gate = np.minimum(gate, limit)", "gate = silu(np.clip(linear(x, weights.gate_proj), -limit, limit))"),
+        Footgun("clamp of the routed experts used for the shared expert", "model", "weights.share_expert, spec.swiglu_limit_shared", "weights.share_expert, spec.swiglu_limit"),
+        Footgun("clamp of the routed experts used for the dense MLP", "model", "weights.mlp, spec.swiglu_limit_shared", "weights.mlp, spec.swiglu_limit"),
+        Footgun("clamp of the shared expert used for the routed experts", "model", "spec.moe, spec.swiglu_limit,", "spec.moe, spec.swiglu_limit_shared,"),
+        Footgun("up clamped above only", "mlp", "np.clip(up, -limit, limit)", "np.minimum(up, limit)"),
+        Footgun("up not clamped", "mlp", "np.clip(up, -limit, limit)", "up"),
+        Footgun("clamp forgotten", "mlp", "if limit is not None", "if False"),
+    ),
+    "window": (
+        Footgun("window one too long", "attention", "spec.window, tap)", "spec.window and spec.window + 1, tap)"),
+        Footgun("window one too short", "attention", "spec.window, tap)", "spec.window and spec.window - 1, tap)"),
+        Footgun("window forgotten", "attention", "spec.window, tap)", "None, tap)"),
+    ),
+    "beyond the list": (
+        Footgun("norm subtracts the mean", "norm", "np.square(x)", "np.square(x - x.mean(-1, keepdims=True))"),
+        Footgun("rotation the other way round", "rope", "np.sin(angles)", "-np.sin(angles)"),
+        Footgun("next token visible", "attention", "mask = key <= query", "mask = key <= query + 1"),
+        Footgun("causal mask missing", "attention", "mask = key <= query", "mask = key <= query + count"),
+        Footgun("key-value heads repeated in stripes", "attention", ATTEND, f"order = np.arange(H).reshape(-1, G).T.ravel(); {ATTEND.replace('(q,', '(q[:, order],')}[:, np.argsort(order)]"),
+        Footgun("scores scaled by 1/K", "attention", "swapaxes(1, 2) * K**-0.5", "swapaxes(1, 2) / K"),
+        Footgun("shared expert dropped", "model", 'routed + tap("share_expert", shared)', 'routed + 0 * tap("share_expert", shared)'),
+        Footgun("enorm and hnorm halves swapped before eh_proj", "mtp", "(embedding, state)", "(state, embedding)"),
+        Footgun("MTP depth fed the token before", "mtp", "tokens[k:],", "tokens[k - 1 : T - 1],"),
+    ),
+}  # fmt: skip

@@ -1,0 +1,177 @@
+"""One layer run again, alone, from the input that another engine recorded.
+
+The code that runs is the model's own, or a variant of it that has a porting bug.
+Checked by: tests/test_layer.py
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from minstep.checkpoint import Checkpoint
+from minstep.files import InputError
+from minstep.lab.compare import expert_flips, fitted, tie_width
+from minstep.lab.footguns import Variant, variant
+from minstep.lab.recording import Recording
+from minstep.lab.trace import EMBEDDING, HEAD, Trace
+from minstep.model import ModelWeights
+from minstep.tap import Array, Tap
+from minstep.weights import Get, Shape
+
+NORM, MAIN_STATE = "model.norm", "h0"
+
+
+class Rerun:
+    """One run of a layer against a recording: the tensors it `wants` are kept in `tensors`.
+
+    At a tie it goes on with the recorded experts, so that what follows compares for every token;
+    `ties` counts those. `then` hears of each tensor kept, and may end the run with an exception.
+    `main` is the name of the main model's last state.
+    """
+
+    def __init__(
+        self,
+        theirs: Recording,
+        wants: Callable[[str], bool],
+        tolerance: float,
+        then: Callable[[str], None] = lambda name: None,
+        main: str = "",
+    ) -> None:
+        self.theirs, self.wants, self.tolerance = theirs, wants, tolerance
+        self.then, self.main = then, main
+        self.tensors: Trace = {}
+        self.ties = 0
+
+    def see(self, name: str, x: Array) -> Array:
+        """Keep a tensor of any shape if it is wanted; returns what the layer goes on with."""
+        if name == MAIN_STATE and self.main in self.theirs.forms:  # only a variant asks for it
+            return self.theirs.array(self.main).astype(x.dtype)
+        if name.endswith(".moe.ids") and name in self.theirs.forms:
+            x = self._with_their_ties(name, x)
+        if self.wants(name):
+            self.tensors[name] = np.array(x)
+            self.then(name)
+        return x
+
+    def _with_their_ties(self, name: str, ids: Array) -> Array:
+        """Our experts [T, A], or the recorded ones of a token where only a tie parts the two."""
+        gate, margin = (self.tensors.get(name.replace("ids", part)) for part in ("gate", "margin"))
+        theirs = fitted(self.theirs.array(name), ids.shape)
+        if theirs is None or gate is None or margin is None:
+            return ids
+        E, source = gate.shape[1], self.theirs.source(name)
+        if theirs.dtype.kind not in "iu" or not 0 <= theirs.min() <= theirs.max() < E:
+            message = f"holds other numbers than those of experts, expected 0 to {E - 1}"
+            raise InputError(f"{self.theirs.path}: tensor {source} {message}")
+        their_gate = name.replace("ids", "gate")
+        other = self.theirs.array(their_gate) if their_gate in self.theirs.forms else None
+        flips = expert_flips(ids, theirs, margin, tie_width(gate, other, self.tolerance))
+        rows = [flip.token for flip in flips if flip.is_tie]
+        self.ties, ids = len(rows), ids.copy()
+        ids[rows] = theirs[rows]
+        return ids
+
+
+class LayerTap(Tap):
+    """Shows every tensor of the layer to a Rerun."""
+
+    def __init__(self, run: Rerun, scope: str = "") -> None:
+        self._run, self._scope = run, scope
+
+    def __call__(self, name: str, x: Array) -> Array:
+        return self._run.see(self._full(name), x)
+
+    def wants(self, name: str) -> bool:
+        return self._run.wants(self._full(name))
+
+    def at(self, scope: str) -> Tap:
+        return LayerTap(self._run, self._full(scope))
+
+    def _full(self, name: str) -> str:
+        return f"{self._scope}.{name}" if self._scope else name
+
+
+def input_names(n: int) -> list[str]:
+    """Where a recording may have the input of layer n, in the order of choice."""
+    return [f"model.layers.{n}.input", f"model.layers.{n - 1}" if n else EMBEDDING]
+
+
+def layer_input(checkpoint: Checkpoint, n: int, theirs: Recording, dtype: DTypeLike) -> Array:
+    """What the recorded engine fed layer n: [T, D] in `dtype`, for MTP depth k [T-k, D].
+
+    Raises InputError where the recording lacks it, or it cannot be of this model and prompt.
+    """
+    config, tokens = checkpoint.config, theirs.tokens
+    L, D, V = len(config.layers), config.hidden_size, config.vocab_size
+    count = L + len(config.mtp_layers)
+    if not 0 <= n < count:
+        raise InputError(f"{checkpoint.path}: has no layer {n}, expected 0 to {count - 1}")
+    if tokens and max(tokens) >= V:
+        message = f"holds {max(tokens)}, expected 0 to {V - 1}: it is of another model"
+        raise InputError(f"{theirs.path}: metadata tokens {message}")
+    k = max(0, n + 1 - L)
+    if k and (tokens is None or len(tokens) <= k):
+        found = "is missing" if tokens is None else f"holds {len(tokens)} ids"
+        message = f"expected {k + 1} or more ids of the prompt, for MTP layer {n}"
+        raise InputError(f"{theirs.path}: metadata tokens {found}, {message}")
+    names = input_names(n)
+    name = next((name for name in names if name in theirs.forms), None)
+    if name is None and n == 0 and tokens:
+        table = checkpoint.get(f"{EMBEDDING}.weight", (V, D))
+        return np.asarray(variant().model.embed(tokens, table, dtype))
+    if name is None:
+        message = f"lacks the input of layer {n}, expected {' or '.join(names)}"
+        raise InputError(f"{theirs.path}: {message}")
+    where, shape = f"{theirs.path}: tensor {theirs.source(name)}", theirs.shape(name)
+    if len(shape) != 2 or shape[1] != D or not shape[0]:
+        message = f"has shape {list(shape)}, expected [positions, {D}]: it is of another model"
+        raise InputError(f"{where} {message}")
+    rows = shape[0] if tokens is None else len(tokens) - k
+    if shape[0] < rows or (shape[0] > rows and not k):
+        message = f"has {shape[0]} positions, expected {rows} by the tokens in the metadata"
+        raise InputError(f"{where} {message}")
+    return theirs.array(name)[:rows].astype(dtype)
+
+
+def run_layer(
+    chain: Variant, checkpoint: Checkpoint, n: int, state: Array, run: Rerun, get: Get | None = None
+) -> None:
+    """Run layer n of a chain of modules from its input [T, D]; `run` sees what it computes.
+
+    Layer 0 brings the embedding, the last main layer the final norm and the head, where they are
+    wanted. `get` is where weights come from, if not the checkpoint. Raises InputError as it does.
+    """
+    get = get or checkpoint.get
+    config = chain.config.load_config(checkpoint.path)
+    L, D, V = len(config.layers), config.hidden_size, config.vocab_size
+    spec, tokens, tap = (*config.layers, *config.mtp_layers)[n], run.theirs.tokens, LayerTap(run)
+    nothing: Any = np.empty((0, D), state.dtype)  # in the place of weights that nobody wants
+
+    def rooted(module: str, shape: Shape) -> Any:
+        name = weight_of(module, config.tie_word_embeddings)
+        return get(name, shape) if name in checkpoint.tensors else nothing
+
+    if n >= L and tokens:
+        output = f"{spec.name}.transformer.shared_head.output"
+        matrix: Any = (V, D) if checkpoint.has_own_heads() else rooted(HEAD, (V, D))
+        layer = chain.weights.mtp_weights(spec, D, get, matrix if run.wants(output) else nothing)
+        before = NORM if n == L else f"model.layers.{n - 1}.transformer.shared_head.norm"
+        embedding = get(f"{EMBEDDING}.weight", (V, D))
+        weights = ModelWeights(embedding, (), rooted(before, (D,)), nothing, (layer,))
+        config = config._replace(mtp_layers=(spec,))
+        chain.mtp.mtp_forward(tokens[n - L :], state, weights, config, tap)  # depth 1 of the rest
+        return
+    if n == 0 and tokens and run.wants(EMBEDDING):
+        tap(EMBEDDING, chain.model.embed(tokens, get(f"{EMBEDDING}.weight", (V, D)), state.dtype))
+    layer = chain.weights.block_weights(spec, D, get)
+    x = chain.model.run_layers(state, (layer,), (spec,), 0, config.rms_norm_eps, tap=tap)  # [T, D]
+    if n == L - 1 and (run.wants(NORM) or run.wants(HEAD)):
+        matrix = rooted(HEAD, (V, D)) if run.wants(HEAD) else nothing
+        chain.model.head(x, ModelWeights(nothing, (), rooted(NORM, (D,)), matrix, ()), config, tap)
+
+
+def weight_of(module: str, is_tied: bool) -> str:
+    """The weight of `module`, which stands before or after the layers."""
+    return f"{EMBEDDING if module == HEAD and is_tied else module}.weight"
