@@ -7,7 +7,7 @@ layer, and their clamps are not in the config: the MTP layers that it counts are
 Source: configuration_step3p7.py and conversion_mapping.py of transformers 5.24.
 Differs: transformers fills in what is absent with its class defaults. Here a key that decides what
     is computed must be there, as in every config that it writes.
-Checked by: tests/test_native.py
+Checked by: tests/test_native.py, tests/test_recipe.py
 """
 
 from typing import Any
