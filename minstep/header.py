@@ -104,3 +104,25 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"name {next(n for n in names if names.count(n) > 1)} stands twice")
     return unique
+
+
+def laid_out(
+    tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """How a new file begins, and where in it each tensor lies, widest dtypes first.
+
+    `tensors`: dtype code and shape by name. Returns all bytes before the first tensor, and the
+    first byte of each tensor in the order of the file. So laid out, every tensor is aligned.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    reached = 0
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -BYTES[item[1][0]]):
+        end = reached + math.prod(shape) * BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [reached, end]}
+        reached = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    del header["__metadata__"]
+    data = 8 + len(text)
+    places = {name: data + entry["data_offsets"][0] for name, entry in header.items()}
+    return len(text).to_bytes(8, "little") + text, places

@@ -22,7 +22,8 @@ from numpy.typing import DTypeLike
 from minstep.tap import Array
 
 LARGE = 1 << 20  # elements of a matrix above which a thread is worth its hand-over
-THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+THREADS = min(8, CORES)  # more wait for memory
 
 Result = TypeVar("Result")
 _thread = threading.local()

@@ -13,6 +13,7 @@ from minstep.bf16 import to_bf16
 from minstep.config import Config
 from minstep.files import MADE_BY, InputError, atomic_folder
 from minstep.fp8 import to_fp8
+from minstep.header import BYTES, laid_out
 from minstep.quantization import Quantization, parse_quantization
 from minstep.weights import SCALES, Shape, blocks, random_rows, tensor_shapes
 
@@ -121,39 +122,31 @@ def _write_shard(
 ) -> dict[str, int]:
     """Write one safetensors file, some rows at a time; returns the bytes of each tensor.
 
-    The package's own writer wants a whole shard in memory. Wider dtypes lie first, as it puts them,
-    so that every tensor is aligned. router_bias stays float32.
+    The package's own writer wants a whole shard in memory. router_bias stays float32.
     """
-    stored: dict[str, tuple[int, str, Shape]] = {}  # bytes of an element, dtype code, shape
+    stored: dict[str, tuple[str, Shape]] = {}  # dtype code, shape
     for name, shape in shapes.items():
         is_wide = form.dtype == "float32" or name.endswith("router_bias")
-        stored[name] = (4, "F32", shape) if is_wide else (2, "BF16", shape)
+        stored[name] = ("F32" if is_wide else "BF16", shape)
         if quantization and quantization.covers(name):
-            stored[name] = (1, "F8_E4M3", shape)
-            stored[f"{name}{SCALES}"] = (4, "F32", blocks(shape, quantization[:2]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "made_by": MADE_BY}}
-    reached = 0
-    for name, (size, code, shape) in sorted(stored.items(), key=lambda item: -item[1][0]):
-        span = [reached, reached + math.prod(shape) * size]
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": span}
-        reached = span[1]
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+            stored[name] = ("F8_E4M3", shape)
+            stored[f"{name}{SCALES}"] = ("F32", blocks(shape, quantization[:2]))
+    start, places = laid_out(stored, {"format": "pt", "made_by": MADE_BY})
+    sizes = {name: math.prod(shape) * BYTES[dtype] for name, (dtype, shape) in stored.items()}
     with file.open("wb") as opened:
-        opened.write(len(text).to_bytes(8, "little") + text)
-        opened.truncate(8 + len(text) + reached)
+        opened.write(start)
+        opened.truncate(len(start) + sum(sizes.values()))
         for name, shape in shapes.items():
             block = quantization[:2] if quantization and f"{name}{SCALES}" in stored else None
-            data = 8 + len(text) + header[name]["data_offsets"][0]
-            scales = 8 + len(text) + header[f"{name}{SCALES}"]["data_offsets"][0] if block else 0
-            for x in _drawn(name, shape, form, block, rng):
+            for drawn in _drawn(name, shape, form, block, rng):
+                x: NDArray[Any] = drawn
                 if block:
-                    codes, factors = to_fp8(x, block)
-                    scales = _put(opened, scales, factors)
-                    data = _put(opened, data, codes)
-                else:
-                    data = _put(opened, data, x if stored[name][1] == "F32" else to_bf16(x))
-    return {name: math.prod(shape) * size for name, (size, _, shape) in stored.items()}
+                    x, scales = to_fp8(drawn, block)
+                    places[f"{name}{SCALES}"] = _put(opened, places[f"{name}{SCALES}"], scales)
+                elif stored[name][0] == "BF16":
+                    x = to_bf16(drawn)
+                places[name] = _put(opened, places[name], x)
+    return sizes
 
 
 def _drawn(

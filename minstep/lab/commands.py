@@ -2,7 +2,9 @@
 
 import fnmatch
 import json
+import tempfile
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from minstep.configs import find_config
 from minstep.files import InputError, atomic_file, check_space, is_of_checkpoint
 from minstep.generate import check_prompt
 from minstep.keys import read_json
+from minstep.lab.bench import bench_lines, bench_moe
 from minstep.lab.checks import check_layers, checkable, checks_json, checks_table
 from minstep.lab.diff import Report, as_json, diff, diff_table, layer_of, verdict
 from minstep.lab.inspect import inspect, table
@@ -131,3 +134,19 @@ def _explained(args: Namespace, report: Report) -> list[str]:
         return [f"not explained: {error}"]
     alone = f"layer {n}, run from the input that {args.theirs} has, computes what it has"
     return checks.explained.get(n, [f"{alone}: the cause lies before it, or in {args.ours}"])
+
+
+def run_bench(args: Namespace) -> None:
+    """Time a MoE layer: of a checkpoint, or of random weights of the released sizes."""
+    rng = np.random.default_rng(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.model is None:
+            file = find_config("step-3.5-flash") / "config.json"
+            config, made = load_config(file), Path(folder) / "made"
+            name = f"model.layers.{args.layer}."
+            form = Form("bfloat16", holds=lambda tensor: tensor.startswith(name), experts=24)
+            check_space(made, needed_space(config, form))
+            save_random(read_json(file), config, rng, made, form)
+            args.model = made
+        report = bench_moe(open_checkpoint(args.model), args.layer, rng)
+    print(json.dumps(report) if args.json else bench_lines(report))

@@ -1,7 +1,6 @@
 """Record what every named point of a forward pass computed, and write it to a safetensors file."""
 
 import json
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from numpy.typing import DTypeLike
 from minstep.config import Config
 from minstep.files import InputError, os_reason
 from minstep.generate import check_prompt
-from minstep.header import BYTES
+from minstep.header import laid_out
 from minstep.model import ModelWeights, decoder, head, run_layers
 from minstep.mtp import mtp_forward
 from minstep.tap import Array, Tap
@@ -153,19 +152,10 @@ def write_tensors(file: Path, tensors: dict[str, Data], metadata: dict[str, str]
 
     The package's own writer wants a whole file in memory. Raises OSError.
     """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    reached = 0
-    widest_first = sorted(tensors, key=lambda name: -BYTES[tensors[name].dtype])
-    for name in widest_first:
-        dtype, shape, _ = tensors[name]
-        end = reached + math.prod(shape) * BYTES[dtype]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [reached, end]}
-        reached = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    start, places = laid_out({name: x[:2] for name, x in tensors.items()}, metadata)
     with file.open("wb") as opened:
-        opened.write(len(text).to_bytes(8, "little") + text)
-        for name in widest_first:
+        opened.write(start)
+        for name in places:
             opened.writelines(tensors[name].pieces)
 
 
