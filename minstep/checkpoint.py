@@ -6,6 +6,7 @@ Checked by: tests/test_checkpoint.py, tests/test_bad_checkpoint.py
 """
 
 import math
+import os
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,8 @@ NUMPY = {"F32": "<f4", "BF16": "<u2", "F8_E4M3": "u1"}  # how the bits are viewe
 class Checkpoint(NamedTuple):
     """An opened checkpoint: config, the place of each tensor by hub name, and the maps.
 
-    `absent`: the tensors that are not there, and the file of each.
+    `absent`: the tensors that are not there, and the file of each; `damaged`: what is wrong with
+    those of the files that are there but cannot be used.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
     maps: dict[Path, Map]
     absent: dict[str, Path]
+    damaged: dict[Path, str]
 
     def get(self, name: str, shape: Shape) -> Weight:
         """The tensor as a read-only view of its map: float32 or stored array; nothing is read.
@@ -67,6 +70,8 @@ class Checkpoint(NamedTuple):
         tensor = self.tensors.get(name)
         if name in self.absent:
             file = self.absent[name]
+            if file in self.damaged:
+                raise InputError(self.damaged[file])
             message = f"is missing, expected the shard that {INDEX} names for {name}"
             if file == self.path:
                 message = f"holds no {name}: transformers wrote the model without its head"
@@ -103,20 +108,28 @@ class Checkpoint(NamedTuple):
         rows = tensor.shape[1]
         return bits[:, half * rows : (half + 1) * rows]
 
-    def weights(self) -> ModelWeights:
+    def owns(self, file: Path) -> bool:
+        """Whether to write `file` would replace one of this checkpoint's, through links too."""
+        beside = {self.path / name for name in (INDEX, SINGLE, "config.json", "tokenizer.json")}
+        files = {tensor.file for tensor in self.tensors.values()} | {*self.absent.values()} | beside
+        return os.path.realpath(file) in {os.path.realpath(each) for each in files}
+
+    def weights(self, depths: int | None = None) -> ModelWeights:
         """Every tensor that the config asks for, in its place; still nothing is read.
 
+        `depths`: the first so many MTP layers only, where the others are not wanted.
         A checkpoint in which no MTP layer has a head of its own, as `-Base`, uses lm_head for all
         of them, with a warning; so has one without MTP layers that the config counts. Raises
         InputError as `get` does.
         """
         own = self.has_own_heads()
-        for name in (n for n in tensor_shapes(self.config, own) if n in self.absent):
+        config = self.config._replace(mtp_layers=self.config.mtp_layers[:depths])
+        for name in (n for n in tensor_shapes(config, own) if n in self.absent):
             self._checked(name, (), set())  # a missing shard explains more than a missing tensor
-        weights = assemble(self.config, self.get, own)
-        if len(load_config(self.path).mtp_layers) > len(weights.mtp):
+        weights = assemble(config, self.get, own)
+        if len(load_config(self.path).mtp_layers) > len(self.config.mtp_layers):
             warnings.warn("no tensor is of an MTP layer: there are no drafts", stacklevel=2)
-        if not own:
+        if not own and weights.mtp:
             warnings.warn("no MTP layer has shared_head.output: lm_head is used", stacklevel=2)
         return weights
 
@@ -129,7 +142,8 @@ class Checkpoint(NamedTuple):
 def open_checkpoint(path: Path | str) -> Checkpoint:
     """Open the hub-layout folder at `path`: config, index and headers are read and checked.
 
-    Shards that the index names may be missing. What transformers wrote is given the hub's names.
+    Shards that the index names may be missing or damaged: what lies in them is refused when it is
+    asked for. What transformers wrote is given the hub's names.
     Where the config counts MTP layers, but no tensor is of any, the model is opened without them.
     Raises InputError, naming the file and what was expected, for whatever is
     malformed, and where there are no weights at all.
@@ -139,12 +153,16 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         raise InputError(f"{path}: is not a folder, expected a checkpoint in hub layout")
     config = load_config(path)
     files: dict[Path, dict[str, Tensor]] = {}
+    damaged: dict[Path, str] = {}
     found: dict[str, Tensor | Path] = {}  # where a tensor lies, or the file that is not there
     if (path / INDEX).exists():
         for name, shard in _weight_map(path / INDEX).items():
             file = path / shard
-            if file not in files and file.is_file():
-                files[file] = read_header(file)
+            if file not in files and file not in damaged and file.is_file():
+                try:
+                    files[file] = read_header(file)
+                except InputError as error:
+                    damaged[file] = str(error)
             if file in files and name not in files[file]:
                 raise InputError(f"{file}: tensor {name} is missing, expected by {INDEX}")
             found[name] = files[file][name] if file in files else file
@@ -163,7 +181,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     if mtp and not any(name.startswith(mtp) for name in found):
         config = config._replace(mtp_layers=())
     pages = Pages()
-    return Checkpoint(path, config, tensors, {file: pages.map(file) for file in files}, absent)
+    maps = {file: pages.map(file) for file in files}
+    return Checkpoint(path, config, tensors, maps, absent, damaged)
 
 
 def _hub_named(found: dict[str, Tensor | Path], path: Path) -> dict[str, Tensor | Path]:

@@ -16,6 +16,7 @@ from minstep import commands
 from minstep.arguments import FLOATS, at_least, given_or_read, not_empty, number, path, token_ids
 from minstep.files import InputError, abandon_stdout, os_reason
 from minstep.lab.flags import add_lab_commands
+from minstep.terminal import harmless
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, OSError):
             text = f"{error.filename or 'stdout'}: {os_reason(error)}"
         with suppress(OSError):  # stderr may be what is full
-            print("minstep:", *text.split(), file=sys.stderr)
+            print("minstep:", harmless(" ".join(text.split()), sys.stderr), file=sys.stderr)
         abandon_stdout()
         return 2
     return code or 0

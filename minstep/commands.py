@@ -32,9 +32,12 @@ NOISE = "minstep: no --model: tiny random weights; the text is noise because it 
 
 
 class Model(NamedTuple):
-    """What --model names, its weights a call away: what they warn of comes after every refusal."""
+    """What --model names, its weights a call away: what they warn of comes after every refusal.
 
-    load: Callable[[], ModelWeights]
+    `load` takes the number of MTP layers that will draft, None for all.
+    """
+
+    load: Callable[[int | None], ModelWeights]
     config: Config
     tokenizer: Tokenizer | None
 
@@ -47,7 +50,7 @@ def open_model(path: Path | None) -> Model:
     folder = find_config("tiny")
     config = load_config(folder)
 
-    def draw() -> ModelWeights:
+    def draw(depths: int | None) -> ModelWeights:
         print(NOISE, file=sys.stderr)
         return random_weights(config, np.random.default_rng(0))
 
@@ -97,11 +100,17 @@ def decode_steps(
             np.dtype(args.dtype),
             args.prefill_chunk,
             args.ignore_eos,
-            args.num_draft_tokens if args.mtp else 0,
+            _drafts(args),
             bar,
         )
     finally:
         bar.erase()
+
+
+def _drafts(args: Namespace) -> int | None:
+    """How many tokens to draft; None: one for each MTP layer."""
+    drafts: int | None = args.num_draft_tokens if args.mtp else 0
+    return drafts
 
 
 def run_generate(args: Namespace) -> None:
@@ -115,7 +124,7 @@ def run_generate(args: Namespace) -> None:
     if args.stop:
         needed_tokenizer(args, model, "--stop")
     check_drafts(args, model.config)
-    weights, rng = model.load(), np.random.default_rng(args.seed)
+    weights, rng = model.load(_drafts(args)), np.random.default_rng(args.seed)
     stream = StreamingText(model.tokenizer, args.stop) if model.tokenizer else None
     decoded = decode_steps(args, prompt, weights, model.config, rng)
     said = Continuation(decoded, stream, args.logprobs)
@@ -180,7 +189,7 @@ def run_chat(args: Namespace) -> None:
     tools = read_tools(args.tools)
     conversation = Conversation(tokenizer, args.system, tools, args.stop)
     check_drafts(args, model.config)
-    weights, rng = model.load(), np.random.default_rng(args.seed)
+    weights, rng = model.load(_drafts(args)), np.random.default_rng(args.seed)
 
     def decode(prompt: list[int]) -> Iterator[Step]:
         return decode_steps(args, prompt, weights, model.config, rng)

@@ -113,13 +113,6 @@ def _is_ours(entry: Path) -> bool:
         return entry.suffix != ".safetensors" or MADE_BY.encode() in opened.read(200)
 
 
-def is_of_checkpoint(file: Path, folder: Path) -> bool:
-    """Whether `file` is where a checkpoint in `folder` has a file of its own."""
-    target = _target(file)
-    is_inside = target.parent == _target(folder)
-    return is_inside and any(target.match(pattern) for pattern in OUR_FILES)
-
-
 def check_space(path: Path, needed: int) -> None:
     """Raise InputError when a folder at `path` would need more bytes than its disk has free."""
     try:

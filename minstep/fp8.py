@@ -84,6 +84,7 @@ class FP8Array:
         np.left_shift(wide, SHIFT, out=wide)
         np.bitwise_and(wide, MASK, out=wide)
         rows, columns = self.block
+        width = min(columns, out.shape[1])
         rebias = REBIAS
         largest = np.abs(self.scales).max(initial=0)
         if not largest < np.inf:
@@ -93,7 +94,7 @@ class FP8Array:
             rebias = np.float32(1)
         end = self.first + len(self)
         for start in range(self.first - self.first % rows, end, rows):
-            scales = np.repeat(self.scales[start // rows] * rebias, columns)[: out.shape[1]]
+            scales = np.repeat(self.scales[start // rows] * rebias, width)[: out.shape[1]]
             out[max(0, start - self.first) : start + rows - self.first] *= scales
 
 

@@ -16,6 +16,7 @@ from minstep.files import InputError, os_reason
 
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
 BYTES |= {"U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1}
+LFS = b"version "  # how the text begins that a clone without Git LFS has in a file's place
 MAX_HEADER = 100_000_000  # the format's own limit
 
 
@@ -46,6 +47,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
             text = opened.read(min(length, MAX_HEADER))
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {os_reason(error)}") from error
+    if length.to_bytes(8, "little") == LFS:
+        raise InputError(f"{file}: is a Git LFS pointer, expected the file that it stands for")
     if size < 8 or length > min(size - 8, MAX_HEADER):
         message = f"header length {length} does not fit a file of {size} bytes"
         raise InputError(f"{file}: {message}, expected a whole safetensors file")

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from minstep.keys import Keys
+from minstep.keys import MAX_INTEGER, Keys
 
 
 class Quantization(NamedTuple):
@@ -39,7 +39,8 @@ def parse_quantization(raw: dict[str, Any], source: str) -> Quantization | None:
     keys.require("fmt", keys.raw.get("fmt", "e4m3") == "e4m3", "expected e4m3")
     block: Any = keys.raw.get("weight_block_size")
     good = isinstance(block, list) and len(block) == 2 and all(type(n) is int for n in block)
-    keys.require("weight_block_size", good and min(block) > 0, "expected two sizes, as [128, 128]")
+    good = good and 0 < min(block) and max(block) <= MAX_INTEGER
+    keys.require("weight_block_size", good, "expected two sizes, as [128, 128]")
     excluded: Any = keys.raw.get("modules_to_not_convert") or []
     named = isinstance(excluded, list) and all(isinstance(name, str) for name in excluded)
     keys.require("modules_to_not_convert", named, "expected a list of module names")

@@ -57,6 +57,7 @@ def encode(tokenizer: Tokenizer, text: str, is_rendered: bool = False) -> list[i
     Raises InputError for what the tokenizer cannot take.
     """
     try:
+        text.encode()  # else the package says something of a type
         return list(tokenizer.encode(text, add_special_tokens=not is_rendered).ids)
     except Exception as error:  # such as a lone surrogate, from bytes that are no UTF-8
         raise InputError(f"the prompt {text!r:.80} cannot be encoded: {error}") from error

@@ -332,3 +332,31 @@ def test_rows_drawn_a_few_at_a_time_are_the_same(
             assert main(argv) == 0
         assert contents(out) == contents(tmp_path / f"{dtype}-{1 << 26}")
     assert contents(tmp_path / "bfloat16-700") == contents(made / "bfloat16")
+
+
+def test_without_drafts_the_shards_of_mtp_layers_are_not_needed(
+    run: Run, refused: Refused, tmp_path: Path
+) -> None:
+    out = tmp_path / "some"
+    assert run("make-tiny", "tiny", "--out", out, "--shards", "20").code == 0
+    weight_map = json.loads((out / INDEX).read_text())["weight_map"]
+    files = {"main": set[str](), "mtp": set[str]()}
+    for name, file in weight_map.items():
+        files[
+            "mtp" if name.startswith(tuple(f"model.layers.{n}." for n in (8, 9, 10))) else "main"
+        ].add(file)
+    only_mtp = files["mtp"] - files["main"]
+    assert only_mtp
+    for file in only_mtp:
+        (out / file).unlink()
+    how = ("generate", "--model", out, "--tokens", "5,9", "--max-tokens", "3")
+    refused(*how, naming=(min(only_mtp), INDEX))
+    for drafts in (["--no-mtp"], ["--num-draft-tokens", "0"]):
+        assert run(*how, *drafts).code == 0
+    assert run("trace", "--model", out, "--tokens", "5", "--out", tmp_path / "trace").code == 0
+    refused("trace", "--model", out, "--tokens", "5,6", "--out", tmp_path / "t", naming=(INDEX,))
+
+
+def test_fewer_experts_than_a_token_chooses_are_refused(refused: Refused, tmp_path: Path) -> None:
+    how = ("make-tiny", "tiny", "--out", tmp_path / "few", "--experts")
+    refused(*how, "3", naming=("--experts 3", "moe_top_k's 4"))

@@ -407,6 +407,35 @@ def test_a_trace_that_cannot_be_written_is_refused_before_the_work(
     assert names(tmp_path) == ["file", "folder"] and names(tmp_path / "folder") == NOTHING
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("command", ["trace", "record"])
+def test_no_output_replaces_a_file_of_the_checkpoint_through_links_or_other_names(
+    command: str, tmp_path: Path, refused: Refused
+) -> None:
+    blobs, snap = tmp_path / "blobs", tmp_path / "snap"
+    shutil.copytree(GOLDEN / "tiny" / "bf16", blobs)
+    snap.mkdir()
+    (snap / "config.json").write_text((blobs / "config.json").read_text())
+    index = json.loads((blobs / "model.safetensors.index.json").read_text())
+    other = {
+        file: f"part{n}.bin" for n, file in enumerate(sorted(set(index["weight_map"].values())))
+    }
+    index["weight_map"] = {name: other[file] for name, file in index["weight_map"].items()}
+    (snap / "model.safetensors.index.json").write_text(json.dumps(index))
+    for file, name in other.items():
+        (snap / name).symlink_to(blobs / file)
+    before = contents(blobs)
+    shard = next(iter(other))
+    (tmp_path / "link").symlink_to(blobs / shard)
+    for out in (snap / other[shard], blobs / shard, tmp_path / "link", snap / "tokenizer.json"):
+        how = (command, "--model", snap, "--tokens", "5", "--out", out)
+        refused(*how, naming=(str(out), "belongs to the checkpoint"))
+    assert contents(blobs) == before
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_device_is_never_replaced_by_a_trace(tmp_path: Path, refused: Refused) -> None:
     out = tmp_path / "pipe"

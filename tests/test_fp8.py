@@ -49,7 +49,7 @@ def test_every_code_has_the_value_of_its_definition(scale: float) -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (16, 8), (33, 20), (1, 1), (2, 19, 9)])
-@pytest.mark.parametrize("block", [(4, 3), (128, 128), (1, 1), (5, 2)])
+@pytest.mark.parametrize("block", [(4, 3), (128, 128), (1, 1), (5, 2), (2**31 - 1, 2**31 - 1)])
 def test_each_block_has_its_own_scale_wherever_slices_are_cut(
     shape: tuple[int, ...], block: tuple[int, int]
 ) -> None:
@@ -186,6 +186,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ({"weight_block_size": None}, ("weight_block_size", "[128, 128]")),
         ({"weight_block_size": [0, 4]}, ("weight_block_size",)),
         ({"weight_block_size": [True, 4]}, ("weight_block_size",)),
+        ({"weight_block_size": [10**30, 10**30]}, ("weight_block_size",)),
         ({"weight_block_size": [16, 16]}, (SCALES.replace("up", "gate"), "expected [16, 2, 4]")),
         ({"modules_to_not_convert": "all"}, ("modules_to_not_convert",)),
         ({"modules_to_not_convert": ["moe"]}, ("moe.gate_proj.weight has dtype F8_E4M3", "BF16")),

@@ -84,8 +84,43 @@ def test_what_is_there_is_still_checked(run: Run, refused: Refused, half: Path) 
     (half / INDEX).write_text(json.dumps(index))
     refused("inspect", half, naming=("lm_head.weight", "is missing"))
     (half / INDEX).write_text((TINY / INDEX).read_text())
-    (half / FIRST).write_bytes((TINY / FIRST).read_bytes()[:-1])
-    refused("inspect", half, "--layer", 9, naming=(FIRST, "truncated"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "Git LFS pointer", "does not fit a file of 0"])
+def test_a_damaged_file_is_told_and_stands_in_the_way_of_its_own_layers_only(
+    damage: str, run: Run, refused: Refused, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(TINY, tmp_path / "damaged")
+    lfs = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    whole = (TINY / FIRST).read_bytes()
+    (folder / FIRST).write_bytes({"truncated": whole[:-1], "Git LFS pointer": lfs}.get(damage, b""))
+    first, other = (
+        sorted({int(n.split(".")[2]) for n, f in MAP.items() if f == FIRST and L in n})[0],
+        9,
+    )
+    assert all(MAP[name] != FIRST for name in MAP if name.startswith(f"{L}{other}."))
+    for how in (("--shards",), ("--layer", first)):
+        ran = run("inspect", folder, *how)
+        assert ran.code == 0 and damage in ran.out and f"{FIRST} (" in ran.out
+    assert FIRST in run("inspect", folder).out
+    out = tmp_path / "out"
+    record = ("record", "--model", folder, "--tokens", "5,17", "--out", out)
+    refused(*record, "--layers", first, naming=(FIRST, damage))
+    refused("generate", "--model", folder, "--tokens", "5", naming=(FIRST, damage))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["foo", "", "x.y", "²", "3"])
+def test_tensors_with_names_that_nobody_knows_are_listed(
+    name: str, run: Run, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(TINY, tmp_path / "odd")
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][f"model.layers.{name}"] = "elsewhere.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+    for how in ((), ("--shards",), ("--layer", 3)):
+        assert run("inspect", folder, *how).code == 0
+    assert "elsewhere.safetensors (missing)" in run("inspect", folder, "--shards").out
 
 
 def test_fp8_scales_are_counted_where_they_are_and_where_they_are_missing(
@@ -207,7 +242,7 @@ def test_what_is_to_be_downloaded_can_be_read(run: Run, half: Path) -> None:
         f"  its input is the output of {L}4",
         f"  {SECOND} (missing): 110,592 bytes of the layer, 11.5% of the file",
         f"  outside, in {FIRST}: model.embed_tokens.weight, 40,960 bytes: embeds the next tokens",
-        "to download: 1 file",
+        "to download: 1",
         f"  {SECOND}, 961,088 bytes of tensors by the config",
     ):
         assert f"\n{line}\n" in text, line

@@ -11,7 +11,7 @@ import numpy as np
 from minstep.checkpoint import open_checkpoint
 from minstep.config import load_config, parse_config
 from minstep.configs import find_config
-from minstep.files import InputError, atomic_file, check_space, is_of_checkpoint
+from minstep.files import InputError, atomic_file, check_space
 from minstep.generate import check_prompt
 from minstep.keys import read_json
 from minstep.lab.bench import bench_lines, bench_moe
@@ -40,17 +40,20 @@ def run_trace(args: Namespace) -> None:
     """Write every named tensor of a forward pass."""
     checkpoint = open_checkpoint(args.model)
     check_prompt(args.tokens, checkpoint.config)
-    if is_of_checkpoint(args.out, args.model):
+    if checkpoint.owns(args.out):
         raise InputError(f"{args.out}: belongs to the checkpoint, expected another file")
+    depths = checkpoint.config.mtp_layers[: len(args.tokens) - 1]  # those that have a position
+    config = checkpoint.config._replace(mtp_layers=depths)
     with atomic_file(args.out) as temporary:  # first, so that a bad path is refused before the work
-        trace = record(args.tokens, checkpoint.weights(), checkpoint.config, np.dtype(args.dtype))
+        weights = checkpoint.weights(len(depths))
+        trace = record(args.tokens, weights, config, np.dtype(args.dtype))
         save_trace(trace, args.tokens, temporary)
 
 
 def run_record(args: Namespace) -> None:
     """Write chosen tensors of chosen layers, a layer at a time."""
     checkpoint, tokens = open_checkpoint(args.model), args.tokens
-    if is_of_checkpoint(args.out, args.model):
+    if checkpoint.owns(args.out):
         raise InputError(f"{args.out}: belongs to the checkpoint, expected another file")
     if tokens is None:
         tokenizer = load_tokenizer(args.model)
@@ -78,6 +81,9 @@ def run_make_tiny(args: Namespace) -> None:
     def holds(name: str) -> bool:
         return not args.only or any(fnmatch.fnmatchcase(name, glob) for glob in args.only)
 
+    most = max((spec.moe.top_k for spec in config.layers if spec.moe), default=1)
+    if args.experts is not None and args.experts < most:
+        raise InputError(f"--experts {args.experts}: expected at least moe_top_k's {most}")
     form = Form(args.dtype, args.shards, holds, args.experts)
     check_space(args.out, needed_space(config, form))
     beside = tokenizer if tokenizer.exists() else None

@@ -23,10 +23,11 @@ def inspect(path: Path) -> dict[str, Any]:
     """
     has_weights = path.is_dir() and any(path.glob("*.safetensors*"))
     config, absent, tensors = load_config(path), dict[str, Path](), expected(load_config(path))
+    damaged: list[str] = []
     if has_weights:
         checkpoint = open_checkpoint(path)
         config, absent = checkpoint.config, checkpoint.absent
-        tensors = checked(checkpoint)
+        tensors, damaged = checked(checkpoint), list(checkpoint.damaged.values())
     sizes = {n: 0 if n.endswith(SCALES) else math.prod(t.shape) for n, t in tensors.items()}
     parts: dict[str, dict[str, int]] = {}
     for name, size in sizes.items():
@@ -37,7 +38,7 @@ def inspect(path: Path) -> dict[str, Any]:
         _count(missing, sizes[name], tensors[name])
     missing["files"] = sorted({file.name for file in absent.values() if file != path})
     total = sum(sizes.values())
-    mtp = sum(size for name, size in sizes.items() if _layer(name) >= len(config.layers))
+    mtp = sum(size for name, size in sizes.items() if layer_number(name) >= len(config.layers))
     return {
         "path": str(path),
         "has_weights": has_weights,
@@ -47,6 +48,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "bytes": sum(part["bytes"] for part in parts.values()),
         "parts": parts,
         "missing": missing,
+        "damaged": damaged,
         "layers": [spec._asdict() for spec in config.layers + config.mtp_layers],
         "tensors": {n: {"shape": list(t.shape), "dtype": t.dtype} for n, t in tensors.items()},
     }
@@ -104,7 +106,7 @@ def _count(part: dict[str, int], parameters: int, tensor: Stored) -> None:
     part["bytes"] += tensor.nbytes
 
 
-def _layer(name: str) -> int:
+def layer_number(name: str) -> int:
     """The layer a tensor belongs to; -1 outside the layers."""
     match = re.match(r"model\.layers\.(\d+)\.", name)
     return int(match[1]) if match else -1
@@ -112,7 +114,7 @@ def _layer(name: str) -> int:
 
 def _part(name: str, config: Config) -> str:
     """The part of the model that a tensor is counted in."""
-    if _layer(name) >= len(config.layers):
+    if layer_number(name) >= len(config.layers):
         return "MTP layers"
     if name.endswith(SCALES):
         return "FP8 scales"
@@ -130,7 +132,7 @@ def _active(sizes: dict[str, int], config: Config) -> int:
     for name, size in sizes.items():
         part = _part(name, config)
         if part == "routed experts":
-            moe = config.layers[_layer(name)].moe
+            moe = config.layers[layer_number(name)].moe
             assert moe
             active += size // moe.experts * moe.top_k
         elif part not in ("MTP layers", "embed_tokens", "lm_head"):
@@ -149,6 +151,7 @@ def table(report: dict[str, Any]) -> str:
         gone = report["missing"]
         counts = f"{gone['tensors']:>8}{gone['parameters']:>18,}{gone['bytes']:>18,}"
         lines.append(f"{'missing':16}{counts}  in files that are not there, by the config")
+    lines += [f"damaged: {why}" for why in report["damaged"]]
     lines.append(f"{'without MTP':24}{report['parameters_without_mtp']:>18,}")
     lines.append(f"{'active per token':24}{report['active_parameters_per_token']:>18,}")
     heads = "layer                  kind               heads kv  K   window theta     rotary scaled"

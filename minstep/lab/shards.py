@@ -12,7 +12,7 @@ import numpy as np
 from minstep.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
 from minstep.config import Config, load_config
 from minstep.files import InputError
-from minstep.lab.inspect import checked, expected
+from minstep.lab.inspect import checked, expected, layer_number
 from minstep.lab.trace import EMBEDDING, HEAD, Stage, stages
 from minstep.linear import Weight
 from minstep.model import ModelWeights
@@ -36,8 +36,7 @@ class Place(NamedTuple):
 def places(checkpoint: Checkpoint) -> dict[str, Place]:
     """Where each tensor of a checkpoint lies, in the model's order; what is not the model's last.
 
-    Of a tensor that is neither there nor the model's, the bytes are not known: 0. Raises InputError
-    as `checked` does.
+    One that is neither there nor the model's has 0 bytes. Raises InputError as `checked` does.
     """
     tensors = checked(checkpoint)
     found = {n: Place(t.file, t.nbytes, True) for n, t in checkpoint.tensors.items()}
@@ -106,6 +105,7 @@ def layers_report(checkpoint: Checkpoint, numbers: Sequence[int]) -> dict[str, A
         "layers": layers,
         "logits": _outside(dict.fromkeys(head, AS_LOGITS), found),
         "download": [{"file": name, "bytes": by_name[name]} for name in download],
+        "damaged": list(checkpoint.damaged.values()),
         "beside": {name: (checkpoint.path / name).exists() for name in beside},
     }
 
@@ -129,9 +129,9 @@ def _layer_report(
     number: int, config: Config, found: dict[str, Place], whole: dict[Path, int]
 ) -> dict[str, Any]:
     """One layer of layers_report; `whole` has the bytes of all tensors of each file."""
-    main = len(config.layers)
+    main, name = len(config.layers), f"model.layers.{number}"
     every = stages(config, main + len(config.mtp_layers) + 1)
-    stage = next(s for s in every if s.name == f"model.layers.{number}")
+    stage = next(stage for stage in every if stage.name == name)
     needed = needs(stage, config, found)
     if number == 0:
         needed[EMBEDDING_WEIGHT] = AS_INPUT
@@ -140,7 +140,8 @@ def _layer_report(
     for file, nbytes in _bytes_by_file(own).items():
         count = sum(place.file == file for place in own.values())
         share = nbytes / whole[file] if whole[file] else 0.0
-        files.append(_file(file) | {"tensors": count, "bytes": nbytes, "share": round(share, 4)})
+        said = {"tensors": count, "bytes": nbytes, "share": round(share, 4)}
+        files.append(_file(file, own) | said)
     before = number - 1 if number != main else main - 1
     return {
         "layer": number,
@@ -169,13 +170,14 @@ def shards_report(checkpoint: Checkpoint) -> dict[str, Any]:
     files = []
     for file, nbytes in sorted(_bytes_by_file(found).items()):
         held = [name for name, place in found.items() if place.file == file]
-        rest = [name for name in held if not name.startswith("model.layers.")]
-        numbers = sorted({int(name.split(".")[2]) for name in held if name not in rest})
+        rest = [name for name in held if layer_number(name) < 0]
+        numbers = sorted({layer_number(name) for name in held if name not in rest})
         files.append(
-            _file(file)
+            _file(file, found)
             | {"tensors": len(held), "bytes": nbytes, "layers": numbers, "outside_layers": rest}
         )
-    return {"path": str(checkpoint.path), "files": files}
+    damaged = list(checkpoint.damaged.values())
+    return {"path": str(checkpoint.path), "files": files, "damaged": damaged}
 
 
 def layers_table(report: dict[str, Any]) -> str:
@@ -195,7 +197,8 @@ def layers_table(report: dict[str, Any]) -> str:
         lines += map(outside, layer["outside"])
     lines += ["", "for logits", *map(outside, report["logits"])]
     gone = report["download"]
-    lines += ["", f"to download: {_files(len(gone)) if gone else 'nothing'}"]
+    lines += ["", *(f"damaged: {why}" for why in report["damaged"])]
+    lines.append(f"to download: {len(gone) or 'nothing'}")
     lines += [f"  {e['file']}, {e['bytes']:,} bytes of tensors by the config" for e in gone]
     beside = [name if there else f"{name} (missing)" for name, there in report["beside"].items()]
     lines.append(f"beside them: {', '.join(beside)}; only --prompt needs the tokenizer")
@@ -209,11 +212,7 @@ def shards_table(report: dict[str, Any]) -> str:
         layers = [f"layers {_ranges(entry['layers'])}"] if entry["layers"] else []
         held = ", ".join(layers + entry["outside_layers"])
         lines.append(f"  {_said(entry)}: {entry['bytes']:,} bytes of tensors, {held}")
-    return "\n".join(lines)
-
-
-def _files(count: int) -> str:
-    return "1 file" if count == 1 else f"{count} files"
+    return "\n".join(lines + [f"damaged: {why}" for why in report["damaged"]])
 
 
 def _bytes_by_file(held: dict[str, Place]) -> dict[Path, int]:
@@ -224,19 +223,21 @@ def _bytes_by_file(held: dict[str, Place]) -> dict[Path, int]:
     return sizes
 
 
-def _file(file: Path) -> dict[str, Any]:
-    """A file's name, and where it is there its size and what it takes on the disk."""
+def _file(file: Path, held: dict[str, Place]) -> dict[str, Any]:
+    """A file's name, whether it is there and whole, its size and what it takes on the disk."""
+    is_there = any(place.is_there for place in held.values() if place.file == file)
+    said: dict[str, Any] = {"file": file.name, "there": is_there}
     if not file.is_file():
-        return {"file": file.name, "there": False, "file_bytes": None, "disk_bytes": None}
+        return said | {"file_bytes": None, "disk_bytes": None}
     stat = file.stat()
     on_disk = getattr(stat, "st_blocks", -(-stat.st_size // 512)) * 512
-    return {"file": file.name, "there": True, "file_bytes": stat.st_size, "disk_bytes": on_disk}
+    return said | {"file_bytes": stat.st_size, "disk_bytes": on_disk}
 
 
 def _said(entry: dict[str, Any]) -> str:
     """A file's name, and whether it is there."""
     if not entry["there"]:
-        return f"{entry['file']} (missing)"
+        return f"{entry['file']} ({'damaged' if entry.get('file_bytes') else 'missing'})"
     if "disk_bytes" not in entry:
         return str(entry["file"])
     return f"{entry['file']} ({entry['file_bytes']:,} bytes, {entry['disk_bytes']:,} on disk)"
