@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import minstep
+from minstep import attention, linear, moe
 from minstep.lab import parts, trace
 from minstep.lab import record as lab_record
 from minstep.lab.choice import names_of
@@ -370,8 +371,8 @@ main(sys.argv[3:])
 """
 
 # A stage is two files and the journal, each renamed; then the state before is removed. At the end
-# the whole file is written and renamed, and the folder removed.
-FILES, RENAMES, UNLINKS = 2 * len(ORDER), 3 * len(ORDER), 4 * len(ORDER) - 1
+# the whole file is written and renamed, what is left of it removed, and the folder.
+FILES, RENAMES, UNLINKS = 2 * len(ORDER), 3 * len(ORDER), 4 * len(ORDER)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
@@ -430,7 +431,7 @@ def test_a_full_disk_keeps_what_is_done(
     uninterrupted: bytes,
 ) -> None:
     out, calls = tmp_path / "out", [0]
-    real = parts.write_tensors
+    real = trace.write_tensors
 
     def full(file: Path, *rest: Any) -> None:
         calls[0] += 1
@@ -446,7 +447,28 @@ def test_a_full_disk_keeps_what_is_done(
         ran = run("record", *GIVEN, "--out", out)
         assert ran.code == 2 and ran.err.count("\n") == 2 and "No space left" in ran.err
         assert names(tmp_path) == [".out.parts"]
+        assert "whole.safetensors" not in names(tmp_path / ".out.parts")
+    assert calls[0] == FILES + 3
     assert run("record", *GIVEN, "--out", out).code == 0
+    assert out.read_bytes() == uninterrupted and names(tmp_path) == ["out"]
+
+
+def test_ctrl_c_while_the_file_is_put_together_says_how_to_go_on(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: bytes
+) -> None:
+    out, real = tmp_path / "out", trace.write_tensors
+
+    def stop(file: Path, *rest: Any) -> None:
+        real(file, *rest)
+        if file.name == "whole.safetensors":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(parts, "write_tensors", stop)
+        ran = run("record", *GIVEN, "--out", out)
+    said = f"minstep: stopped after {ORDER[-1]}: the same command goes on from there\n"
+    assert (ran.code, ran.err) == (130, said) and names(tmp_path) == [".out.parts"]
+    assert run("record", *GIVEN, "--out", out) == (0, "", f"minstep: resuming after {ORDER[-1]}\n")
     assert out.read_bytes() == uninterrupted and names(tmp_path) == ["out"]
 
 
@@ -470,7 +492,7 @@ def begun(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (("--tokens", "21,252,204,177,255,80,277,110"), "tokens"),
         (("--dtype", "float64"), "dtype"),
         (("--layers", "0-7"), "names"),
-        (("--names", "lm_head", "--dtype", "float64"), "dtype, names"),
+        (("--names", "lm_head", "--dtype", "float64"), "dtype"),
         (("--model", GOLDEN / "tiny" / "fp32"), "model"),
     ],
 )
@@ -500,6 +522,7 @@ def test_a_checkpoint_that_has_changed_is_another_one(
     with monkeypatch.context() as patched:
         watch(patched, see)
         assert run(*given, "--layers", "0-4").code == 130
+    refused(*given, "--layers", "0-5", naming=("another recording (names)",))
     second = sharded_tiny / "model-00002-of-00002.safetensors"
     second.unlink()  # is not needed
     with monkeypatch.context() as patched:
@@ -525,14 +548,55 @@ def test_damaged_parts_are_refused(kind: str, which: str, begun: Path, refused: 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "{}", '{"recording": 3}', '{"recording": {}, "done": 1, "state": null}'],
+    [
+        "",
+        "{",
+        "[" * 100_000,
+        "\xff",
+        "[]",
+        "{}",
+        '{"recording": 3}',
+        '{"recording": {}, "done": 1}',
+    ],
 )
 def test_a_journal_that_record_did_not_write_is_refused(
     content: str, begun: Path, refused: Refused
 ) -> None:
     journal = begun.parent / ".out.parts" / "run.json"
-    journal.write_text(content)
-    refused("record", *GIVEN, "--out", begun, naming=(str(journal),))
+    journal.write_text(content, encoding="latin-1")
+    naming = (str(journal), f"remove {journal.parent} to begin again")
+    refused("record", *GIVEN, "--out", begun, naming=naming)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda run: run["done"].pop(),
+        lambda run: run["done"].pop(1),
+        lambda run: run["done"].clear(),
+        lambda run: run["done"].reverse(),
+        lambda run: run["done"].append(run["done"][-1]),
+        lambda run: run["done"].append(None),
+        lambda run: run["done"].insert(1, "model.layers.99"),
+        lambda run: run["done"].__setitem__(1, {"stage": 3}),
+        lambda run: run.update(done="four"),
+        lambda run: run.update(done=None),
+        lambda run: run.update(state=None),
+        lambda run: run.update(state=run["done"][-1]),
+        lambda run: run.pop("state"),
+        lambda run: run.pop("done"),
+    ],
+)
+def test_a_journal_that_is_damaged_within_is_refused(
+    change: Callable[[Any], object], begun: Path, refused: Refused
+) -> None:
+    journal = begun.parent / ".out.parts" / "run.json"
+    run = json.loads(journal.read_text())
+    change(run)
+    journal.write_text(json.dumps(run))
+    naming = (f"{journal.parent}/", f"remove {journal.parent} to begin again")
+    refused("record", *GIVEN, "--out", begun, naming=naming)
+    assert not begun.exists()
 
 
 def test_a_folder_of_somebody_s_own_is_left_alone(tmp_path: Path, refused: Refused) -> None:
@@ -542,9 +606,37 @@ def test_a_folder_of_somebody_s_own_is_left_alone(tmp_path: Path, refused: Refus
     naming = (str(folder / "notes.txt"), "no part of a recording")
     refused("record", *GIVEN, "--out", tmp_path / "out", naming=naming)
     assert (folder / "notes.txt").read_text() == "mine"
+    for name in (
+        "mine.safetensors",
+        "model-00001.safetensors",
+        ".mine.safetensors.bak",
+        "00001.safetensors.bak",
+    ):
+        (folder / "notes.txt").rename(folder / name)
+        naming = (str(folder / name), "no part of a recording")
+        refused("record", *GIVEN, "--out", tmp_path / "out", naming=naming)
+        (folder / name).rename(folder / "notes.txt")
     shutil.rmtree(folder)
     folder.write_text("mine")
     refused("record", *GIVEN, "--out", tmp_path / "out", naming=("out", "cannot be written"))
+
+
+def test_a_link_in_place_of_the_parts_is_refused(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "00001.safetensors").write_text("mine")
+    (tmp_path / ".out.parts").symlink_to(tmp_path / "precious")
+    naming = (str(tmp_path / ".out.parts"), "is a link")
+    refused("record", *GIVEN, "--out", tmp_path / "out", naming=naming)
+    assert names(tmp_path / "precious") == ["00001.safetensors"]
+
+
+def test_a_file_that_comes_into_the_parts_meanwhile_stays(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / ".out.parts" / "mine.safetensors"
+    watch(monkeypatch, lambda name: name != "lm_head" or mine.write_text("mine"))
+    given = (*GIVEN, "--names", "lm_head", "--out", tmp_path / "out")
+    assert run("record", *given).code == 2 and mine.read_text() == "mine"
 
 
 @pytest.mark.skipif(parts.fcntl is None, reason="needs file locks")
@@ -645,10 +737,21 @@ def test_an_output_among_the_checkpoint_s_files_is_refused(
     sharded_tiny: Path, refused: Refused
 ) -> None:
     before = {file.name: file.read_bytes() for file in sharded_tiny.iterdir()}
-    for name in ("model-00001.safetensors", "config.json", "model-9.safetensors"):
+    for name in ("model-00001.safetensors", "config.json", "model.safetensors.index.json"):
         given = ("--model", sharded_tiny, *GIVEN[2:], "--out", sharded_tiny / name)
         refused("record", *given, naming=(name, "belongs to the checkpoint"))
     assert {file.name: file.read_bytes() for file in sharded_tiny.iterdir()} == before
+
+
+def test_an_output_that_is_the_input_is_refused(run: Run, refused: Refused, tmp_path: Path) -> None:
+    whole, link = tmp_path / "whole", tmp_path / "link"
+    assert run("record", *GIVEN, "--layers", "2", "--out", whole).code == 0
+    link.symlink_to(whole)
+    before = whole.read_bytes()
+    for source, out in ((whole, whole), (link, whole), (whole, link)):
+        given = (*GIVEN, "--layers", "3", "--input", source, "--out", out)
+        refused("record", *given, naming=(f"--out {out}", "--input"))
+    assert whole.read_bytes() == before and names(tmp_path) == ["link", "whole"]
 
 
 def test_an_input_of_another_prompt_model_or_layer_is_refused(
@@ -685,16 +788,55 @@ def test_an_input_of_another_prompt_model_or_layer_is_refused(
     assert names(tmp_path) == before
 
 
-def test_weights_that_are_not_finite_are_refused_at_their_layer(
-    run: Run, refused: Refused, tmp_path: Path
+@pytest.mark.parametrize(
+    ("weight", "place", "first"),
+    [
+        ("model.embed_tokens.weight", (17, 3), "model.embed_tokens is nan at [1, 3]"),
+        (L + "3.input_layernorm.weight", 2, L + "3.input_layernorm is nan at [0, 2]"),
+        (L + "3.moe.gate.weight", (4, 0), L + "3.moe.gate is nan at [0, 4]"),
+        ("model.norm.weight", 3, "model.norm is nan at [0, 3]"),
+        ("lm_head.weight", (319, 0), "lm_head is nan at [0, 319]"),
+        (L + "8.eh_proj.weight", (5, 0), L + "8.eh_proj is nan at [0, 5]"),
+        (L + "9.transformer.shared_head.norm.weight", 0, L + "9.transformer.shared_head.norm is nan at [0, 0]"),
+        (L + "9.transformer.shared_head.output.weight", (7, 0), L + "9.transformer.shared_head.output is nan at [0, 7]"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.endswith("weight") else "",
+)  # fmt: skip
+def test_what_is_not_finite_is_refused_at_its_place(
+    weight: str, place: Any, first: str, run: Run, refused: Refused, tmp_path: Path
 ) -> None:
     spoiled = shutil.copytree(GOLDEN / "tiny" / "fp32", tmp_path / "spoiled")
     held = load_file(spoiled / "model.safetensors")
-    held[L + "3.input_layernorm.weight"][0] = np.nan
+    held[weight][place] = np.nan
     save_file(held, spoiled / "model.safetensors")
-    given = ("--model", spoiled, "--tokens", "5,17", "--out", tmp_path / "out")
-    refused("record", *given, naming=(f"{L}3 is not finite",))
+    given = ("--model", spoiled, "--tokens", "5,17,9,4", "--out", tmp_path / "out")
+    for command in ("record", "trace"):
+        refused(command, *given, naming=(first, "expected finite numbers"))
+    assert names(tmp_path) in (["spoiled"], [".out.parts", "spoiled"])
+
+
+def test_a_state_that_is_not_finite_is_refused_though_it_is_not_written(
+    refused: Refused, tmp_path: Path
+) -> None:
+    spoiled = shutil.copytree(GOLDEN / "tiny" / "fp32", tmp_path / "spoiled")
+    held = load_file(spoiled / "model.safetensors")
+    held[L + "3.self_attn.o_proj.weight"][1, 0] = np.inf
+    save_file(held, spoiled / "model.safetensors")
+    given = ("--model", spoiled, "--tokens", "5,17", "--names", "*.moe.ids")
+    refused("record", *given, "--out", tmp_path / "out", naming=(f"{L}3 is ", "at [0, "))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_names_the_output_of_trace(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trace, "write_tensors", full)
+    out = tmp_path / "out"
+    refused("trace", *GIVEN, "--out", out, naming=(f"{out}: cannot be written: No space left",))
+    assert names(tmp_path) == []
 
 
 # What it costs
@@ -727,6 +869,41 @@ def test_memory_holds_one_layer_whatever_their_number(tmp_path: Path) -> None:
     sizes = [(tmp_path / f"{count}.out").stat().st_size for count in (4, 24)]
     assert sizes[1] > 5 * sizes[0] and sizes[1] > 4 * peaks[1]
     assert peaks[1] < 1.2 * peaks[0], peaks
+
+
+def test_memory_holds_the_logits_once(run: Run, tmp_path: Path) -> None:
+    config = json.loads((minstep.find_config("tiny") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 40_000}))
+    made = tmp_path / "made"
+    assert run("make-tiny", tmp_path / "config.json", "--out", made) == (0, "", "")
+    job = plan(minstep.open_checkpoint(made), [3] * 400, np.float32, globs=["lm_head"])
+    tracemalloc.start()
+    record_file(job, tmp_path / "out", lambda text: None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    logits = 400 * 40_000 * 4
+    assert logits < peak < 1.2 * logits
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.parent.name)
+def test_no_component_writes_into_what_it_has_shown(
+    folder: Path, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (attention, linear, moe) if in_blocks else ():
+        monkeypatch.setattr(module, "LARGE", 0)
+    checkpoint, shown = minstep.open_checkpoint(folder), Tensors()
+
+    class Copying(Recorder):
+        def __call__(self, name: str, x: Any) -> Any:
+            shown[self._full(name)] = x.copy()
+            return super().__call__(name, x)
+
+    tap = Copying({}, lambda name: not in_blocks or not name.endswith(".probs"))
+    trace.walk([3, 1, 4, 1, 5, 2, 6, 5], checkpoint.weights(), checkpoint.config, np.float32, tap)
+    assert tap.tensors.keys() == shown.keys()
+    for name, x in shown.items():
+        assert np.array_equal(tap.tensors[name], x), name
 
 
 def test_the_bar_counts_the_bytes_of_the_experts_that_were_chosen(

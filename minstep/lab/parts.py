@@ -1,13 +1,15 @@
 """A recording on its way to one file: what each stage computed is kept as soon as it is done.
 
 `.NAME.parts` beside the output NAME holds a safetensors file for each finished stage, the state
-after the last one, and run.json, which says what is recorded and lists the files with their
-checksums. A file that it does not list does not count, so a stage is there whole or not at all.
+after the last one, and run.json, which says what is recorded and has a checksum of each file. A
+file without one does not count, so a stage is there whole or not at all. The names of the files
+follow from how many there are, so that a damaged run.json cannot mix up stages.
 Checked by: tests/test_record.py
 """
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +21,6 @@ from safetensors.numpy import load_file
 
 from minstep.files import InputError, atomic_file, os_reason
 from minstep.header import Tensor, read_header
-from minstep.keys import read_json
 from minstep.lab.trace import Data, Trace, write_tensors
 from minstep.tap import Array
 
@@ -31,37 +32,37 @@ except ImportError:  # Windows: two runs at once are not noticed
 
 PIECE = 1 << 20  # bytes copied or read at a time
 JOURNAL, LOCK, WHOLE = "run.json", "lock", "whole.safetensors"
-OURS = ("*.safetensors", ".*.safetensors.*", f".{JOURNAL}.*")  # with what a killed run leaves
+PART, STATE = "{:05}.safetensors", "state-{:05}.safetensors"  # of the stages, from 0
+# What may be removed: these, and after a dot, with an ending, what atomic_file had not renamed.
+OURS = re.compile(r"(\.)?(((state-)?\d{5,}|whole)\.safetensors|run\.json)(?(1)\.\w{8})")
 
 
 class Parts:
     """The finished stages of one recording, in a folder that this process alone writes.
 
-    `done` are the stages' names, `state` [T, D] is that after the last of them, None before the
-    first.
+    `done` is how many there are, `state` [T, D] that after the last of them, None before the first.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder = folder
         self.state: Array | None = None
-        self._run: dict[str, Any] = {"recording": identity, "done": [], "state": None}
+        self._run: dict[str, Any] = {"recording": identity, "done": [], "state": None}  # CRC-32
         if (folder / JOURNAL).exists():
             self._resume(identity)
         self._tidy()
 
     @property
-    def done(self) -> list[str]:
-        """The names of the finished stages, in order."""
-        return [part["stage"] for part in self._run["done"]]
+    def done(self) -> int:
+        """How many stages are finished."""
+        return len(self._run["done"])
 
-    def add(self, stage: str, tensors: Trace, state: Array) -> None:
-        """Keep what a stage computed, and the state [T, D] after it.
+    def add(self, tensors: Trace, state: Array) -> None:
+        """Keep what the next stage computed, and the state [T, D] after it.
 
         Raises InputError when it cannot be written; then the stages before it stay as they are.
         """
-        n = len(self._run["done"])
-        part = {"stage": stage} | self._write(f"{n:05}.safetensors", tensors)
-        after = self._write(f"state-{n:05}.safetensors", {"state": state})
+        part = self._write(PART.format(self.done), tensors)
+        after = self._write(STATE.format(self.done), {"state": state})
         run = self._run | {"done": [*self._run["done"], part], "state": after}
         with atomic_file(self.folder / JOURNAL) as temporary:
             temporary.write_text(json.dumps(run), encoding="utf-8")
@@ -71,12 +72,15 @@ class Parts:
     def finish(self, out: Path, order: list[str], metadata: dict[str, str]) -> None:
         """Put all tensors into one file at `out`, a piece at a time, and forget the parts."""
         found: dict[str, Tensor] = {}
-        for part in self._run["done"]:
-            found |= read_header(self.folder / part["file"])
+        for n in range(self.done):
+            found |= read_header(self.folder / PART.format(n))
         tensors = {n: Data(found[n].dtype, found[n].shape, _pieces(found[n])) for n in order}
         with _naming(out):
-            write_tensors(self.folder / WHOLE, tensors, metadata)
-            os.replace(self.folder / WHOLE, os.path.realpath(out))
+            try:
+                write_tensors(self.folder / WHOLE, tensors, metadata)
+                os.replace(self.folder / WHOLE, os.path.realpath(out))
+            finally:  # half of it would keep a full disk full
+                (self.folder / WHOLE).unlink(missing_ok=True)
         self._run = self._run | {"done": []}
 
     def remove(self) -> None:
@@ -85,45 +89,46 @@ class Parts:
         Another run that waits for the lock then finds a folder that is empty or its own.
         """
         first, last = self.folder / JOURNAL, self.folder / LOCK
-        others = [file for file in self.folder.iterdir() if file not in (first, last)]
+        others = [file for file in self.folder.iterdir() if OURS.fullmatch(file.name)]
         with suppress(OSError):
             for file in (first, *others, last):
                 file.unlink(missing_ok=True)
             self.folder.rmdir()
 
-    def _write(self, name: str, tensors: Trace) -> dict[str, Any]:
+    def _write(self, name: str, tensors: Trace) -> int:
         with atomic_file(self.folder / name) as temporary:
             write_tensors(temporary, {n: Data.of(x) for n, x in tensors.items()}, {})
-        return {"file": name, "crc32": _checksum(self.folder / name)}
+        return _checksum(self.folder / name)
 
     def _resume(self, identity: dict[str, Any]) -> None:
         """Go on where another run ended: what it kept is what is wanted, and is not damaged."""
-        run = read_json(self.folder / JOURNAL)
-        again = f"remove {self.folder} to begin again"
+        journal, again = self.folder / JOURNAL, f"remove {self.folder} to begin again"
         try:
-            other = [key for key in identity if run["recording"][key] != identity[key]]
-            if other:
-                message = f"belongs to another recording ({', '.join(other)})"
-                raise InputError(f"{self.folder}: {message}: remove it or choose another --out")
-            for part in ({"stage": ""} | run["state"], *run["done"]):
-                file, _ = self.folder / part["file"], part["stage"]
-                if _checksum(file) != part["crc32"]:
-                    raise InputError(f"{file}: is damaged, {again}")
-        except (KeyError, TypeError, OSError) as error:
-            message = f"is not as record left it ({error}), {again}"
-            raise InputError(f"{self.folder / JOURNAL}: {message}") from error
+            run = json.loads(journal.read_bytes())
+            other = next((k for k in identity if run["recording"][k] != identity[k]), None)
+            after = self.folder / STATE.format(len(run["done"]) - 1)
+            sums = {self.folder / PART.format(n): crc for n, crc in enumerate(run["done"])}
+            sums[after] = run["state"]
+            damaged = [] if other else [f for f, crc in sums.items() if _checksum(f) != crc]
+        except (KeyError, TypeError, ValueError, RecursionError, OSError) as error:
+            raise InputError(f"{journal}: is not as record left it ({error}), {again}") from error
+        if other:
+            message = f"belongs to another recording ({other})"
+            raise InputError(f"{self.folder}: {message}: remove it or choose another --out")
+        if damaged:
+            raise InputError(f"{damaged[0]}: is damaged, {again}")
         self._run = run
-        self.state = load_file(self.folder / run["state"]["file"])["state"]  # [T, D]
+        self.state = load_file(after)["state"]  # [T, D]
 
     def _tidy(self) -> None:
         """Remove files that a killed run left, and the state before the last."""
-        kept = {LOCK, JOURNAL, *(part["file"] for part in self._run["done"])}
-        kept |= {self._run["state"]["file"]} if self._run["state"] else set()
-        for file in self.folder.iterdir():
-            if file.name not in kept:
-                if not any(file.match(pattern) for pattern in OURS):
-                    raise InputError(f"{file}: is no part of a recording, expected none beside it")
-                file.unlink()
+        kept = {LOCK, JOURNAL, STATE.format(self.done - 1), *map(PART.format, range(self.done))}
+        left = [file for file in self.folder.iterdir() if file.name not in kept]
+        for file in left:
+            if not OURS.fullmatch(file.name):
+                raise InputError(f"{file}: is no part of a recording, expected none beside it")
+        for file in left:
+            file.unlink()
 
 
 @contextmanager
@@ -140,6 +145,8 @@ def open_parts(out: Path, identity: dict[str, Any]) -> Iterator[Parts]:
         if target.is_symlink() or (target.exists() and not target.is_file()):
             message = "it is a directory, a device or a link to itself, expected a file"
             raise InputError(f"{out}: cannot be written: {message}")
+        if folder.is_symlink():
+            raise InputError(f"{folder}: is a link, expected a folder that record has made")
         folder.mkdir(exist_ok=True)
     with _locked(folder):
         parts = Parts(folder, json.loads(json.dumps(identity)))

@@ -7,6 +7,7 @@ Checked by: tests/test_record.py
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from minstep.lab.inspect import expected
 from minstep.lab.parts import Parts, open_parts
 from minstep.lab.recording import open_recording
 from minstep.lab.shards import EMBEDDING_WEIGHT, needs, some_weights
-from minstep.lab.trace import HEAD, Recorder, Stage, Trace, described, stages, walk
+from minstep.lab.trace import HEAD, Recorder, Stage, Trace, described, finite, stages, walk
 from minstep.tap import Array
 from minstep.terminal import Progress
 
@@ -33,7 +34,7 @@ EXPERTS = re.compile(r"\.moe\.(gate|up|down)_proj\.weight")
 
 class Job(NamedTuple):
     """What is recorded, and what runs for it: stages, each with the tensors of the checkpoint it
-    reads, from the embedding or from a state [T, D].
+    reads, from the embedding or from a state [T, D], which the file `source` has.
     """
 
     checkpoint: Checkpoint
@@ -42,6 +43,7 @@ class Job(NamedTuple):
     names: list[str]
     stages: dict[Stage, list[str]]
     state: Array | None
+    source: Path | None
 
     def reads(self, stage: Stage, ids: Array | None = None) -> int:
         """Bytes of weights that a stage touches; without the chosen experts' ids about how many."""
@@ -109,7 +111,7 @@ def plan(
     }
     some_weights(checkpoint, {name for needed in run.values() for name in needed})
     run = {s: [name for name in needed if name in checkpoint.tensors] for s, needed in run.items()}
-    return Job(checkpoint, list(tokens), dtype, names, run, state)
+    return Job(checkpoint, list(tokens), dtype, names, run, state, source)
 
 
 def _recorded(
@@ -143,28 +145,34 @@ def record_file(job: Job, out: Path, tell: Callable[[str], None]) -> None:
 
     What is done lies beside it until then: the same job goes on from there, which `tell` is told.
     The file is the same, however often the work was interrupted. Raises InputError as open_parts
-    does, and where a state is not finite.
+    does, for an `out` that is the job's own source, and where a tensor is not finite.
     """
+    if job.source and out.exists() and os.path.samefile(job.source, out):
+        raise InputError(f"--out {out}: is the file of --input, expected another one")
+    order = [stage.name for stage in job.stages]
     with open_parts(out, job.identity()) as parts:
         if parts.done:
-            tell(f"resuming after {parts.done[-1]}")
+            tell(f"resuming after {order[parts.done - 1]}")
         try:
             _run(job, parts)
+            parts.finish(out, job.names, _metadata(job))
         except KeyboardInterrupt:
             if parts.done:
-                tell(f"stopped after {parts.done[-1]}: the same command goes on from there")
+                tell(f"stopped after {order[parts.done - 1]}: the same command goes on from there")
             raise
-        config = job.checkpoint.config
-        facts = {key: getattr(config, key) for key in ("hidden_size", "vocab_size", "torch_dtype")}
-        facts |= {"layers": len(config.layers), "mtp_layers": len(config.mtp_layers)}
-        dtype = np.dtype(job.dtype).name
-        described_by = described(job.tokens, job.names, dtype=dtype, model=json.dumps(facts))
-        parts.finish(out, job.names, described_by)
+
+
+def _metadata(job: Job) -> dict[str, str]:
+    config = job.checkpoint.config
+    facts = {key: getattr(config, key) for key in ("hidden_size", "vocab_size", "torch_dtype")}
+    facts |= {"layers": len(config.layers), "mtp_layers": len(config.mtp_layers)}
+    dtype = np.dtype(job.dtype).name
+    return described(job.tokens, job.names, dtype=dtype, model=json.dumps(facts))
 
 
 def _run(job: Job, parts: Parts) -> None:
     """Run the stages that are not done yet, and add each to the parts."""
-    left = [stage for stage in job.stages if stage.name not in parts.done]
+    left = [*job.stages][parts.done :]
     if not left:
         return
     every, names, trace = stages(job.checkpoint.config, len(job.tokens)), {*job.names}, Trace()
@@ -177,15 +185,13 @@ def _run(job: Job, parts: Parts) -> None:
         nonlocal state, done
         stage = left[0]
         if name == stage.name and name != HEAD:
-            if not np.isfinite(x).all():
-                raise InputError(f"{name} is not finite, expected weights and input without NaN")
             if f"{name}.input" in names and state is not None:
                 trace[f"{name}.input"] = state
-            state = x
+            state = finite(name, x)
         if name != stage.last:
             return
         assert state is not None
-        parts.add(stage.name, {n: y for n, y in trace.items() if n in names}, state)
+        parts.add({n: y for n, y in trace.items() if n in names}, state)
         sizes[stage] = job.reads(stage, trace.get(f"{stage.name}.moe.ids"))
         done += sizes[stage]
         trace.clear()
