@@ -1,4 +1,4 @@
-"""One pair of tensors: figures, verdict, and what a tie between experts explains."""
+"""One pair of tensors: figures and verdict."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,9 @@ from minstep.lab import compare as module
 from minstep.lab.compare import (
     TOLERANCES,
     compare,
-    expert_flips,
+    departing,
     fitted,
-    score_scale,
-    tie_width,
+    row_errors,
 )
 
 IDS = "model.layers.3.moe.ids"
@@ -114,31 +113,36 @@ def test_experts_compare_as_sets() -> None:
     assert c.cosine == pytest.approx(5 / 6)
 
 
-def test_a_flip_is_a_tie_where_the_margin_is_no_wider_than_rounding() -> None:
-    ours = np.array([[0, 3], [1, 2], [4, 6], [5, 7]])
-    theirs = np.array([[3, 0], [1, 5], [4, 7], [5, 7]])
-    margin = np.array([0.0, 1e-4, 1e-2, 0.0])
-    flips = expert_flips(ours, theirs, margin, 1e-3)
-    assert flips == [(1, (1, 2), (1, 5), 1e-4, True), (2, (4, 6), (4, 7), 1e-2, False)]
-    each = expert_flips(ours, theirs, margin, np.array([1.0, 1e-5, 1e-2, 0]))
-    assert [flip.is_tie for flip in each] == [False, True]
-    assert [flip.is_tie for flip in expert_flips(ours, theirs, None, 1.0)] == [False, False]
+def test_a_row_is_held_against_its_own_length() -> None:
+    a = random(6, 40)
+    a[0] *= 100
+    b = a.copy()
+    b[4] *= 1.07
+    assert compare("model.layers.3.self_attn.o_proj", a, b, 0.03).is_match  # row 0 hides it
+    for part in (".self_attn.o_proj", ".moe", ".share_expert", ".mlp", ""):
+        errors = row_errors(f"model.layers.3{part}", a, b)
+        assert errors is not None and errors == pytest.approx([0, 0, 0, 0, 0.07, 0])
+    assert departing("model.layers.3", a, b, 0.03).tolist() == [False] * 4 + [True, False]
+    assert not departing("model.layers.3", a, b, 0.04).any()
+    assert row_errors("model.layers.3.self_attn.q_proj", a, b) is None
+    assert row_errors("model.layers.3", a[:, :31], b[:, :31]) is None  # too narrow to say much
+    assert row_errors("model.layers.3", a[:0], b[:0]) is None
 
 
-def test_a_tie_is_as_wide_as_the_logits_error_can_make_it() -> None:
-    gate = np.array([[8.0, -2.0], [1.0, 0.0]])
-    assert score_scale(gate) == 4 and score_scale(gate / 100) == score_scale(None) == 0.5
-    assert tie_width(gate, None, 1e-2) == 4e-2
-    seen = tie_width(gate, gate + np.array([[0, 1e-3], [0.5, 0]]), 1e-2)
-    assert seen == pytest.approx([5e-4, 4e-2], rel=1e-2)  # what was seen; what is allowed
-    assert tie_width(gate, gate[:, :1], 1e-2) == 4e-2
+def test_a_massive_column_hides_no_other_in_a_row() -> None:
+    a = random(6, 40)
+    a[:, 7] = 300
+    b = a.copy()
+    b[2, 8:] *= 1.1
+    assert compare("model.layers.3", a, b, 0.03).is_match
+    errors = row_errors("model.layers.3", a, b)
+    assert errors is not None and 0.08 < errors[2] < 0.11 and errors[[0, 1, 3, 4, 5]].max() == 0
 
 
-def test_no_error_of_the_logits_moves_two_scores_further_apart_than_a_tie_is_wide() -> None:
-    rng = np.random.default_rng(0)
-    gate = rng.uniform(-3, 3, (4000, 2))
-    other = gate + rng.uniform(-0.1, 0.1, gate.shape)
-    gap, moved = (np.subtract(*np.exp(-np.logaddexp(0, -x)).T) for x in (gate, other))
-    width = tie_width(gate, other, 1.0)
-    assert (np.abs(gap - moved) <= width).all()
-    assert (np.abs(gap - moved) / width).max() > 0.8  # and is no wider than it needs to be
+def test_rows_are_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = random(7, 40), random(7, 40, seed=1)
+    whole = row_errors("model.layers.3", a, b)
+    monkeypatch.setattr(module, "CHUNK", 90)
+    chunked = row_errors("model.layers.3", a, b)
+    assert whole is not None and chunked is not None and np.array_equal(whole, chunked)
+    assert row_errors("model.layers.3", a * 0, b) == pytest.approx(np.linalg.norm(b, axis=1))

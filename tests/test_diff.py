@@ -212,23 +212,32 @@ def test_the_tolerance_is_the_looser_one_or_the_one_given(
     assert run("diff", *files, "--tolerance", "9e-4").code == 1
 
 
-def flipped(trace: Trace, layer: str, token: int, margin: float | None) -> Trace:
-    """Ours and theirs: in `layer` the last expert of a token is another, at such a margin."""
+def flipped(trace: Trace, layer: str, token: int, gap: float, moved: float) -> Trace:
+    """Ours and theirs: in `layer` the first rejected expert of a token replaces the last chosen.
+
+    `gap`: by how much less it scores in ours; `moved`: how much more than that in theirs.
+    """
+    gate, ids = (trace[f"{layer}.moe.{part}"].astype(float) for part in ("gate", "ids"))
+    bias = np.asarray(WEIGHTS[FOLDER].layers[int(layer[-1])].moe.router_bias, float)
+    scores = 1 / (1 + np.exp(-gate[token]))
+    order = np.argsort(-scores - bias)
+    last, next_one = order[ids.shape[1] - 1], order[ids.shape[1]]
     theirs = dict(trace)
-    ids = trace[f"{layer}.moe.ids"].copy()
-    other = next(e for e in range(99) if e not in ids[token])
-    ids[token] = np.sort([*ids[token][1:], other])
-    theirs[f"{layer}.moe.ids"] = ids
-    if margin is not None:
-        margins = trace[f"{layer}.moe.margin"].copy()
-        margins[token] = margin
-        trace[f"{layer}.moe.margin"] = theirs[f"{layer}.moe.margin"] = margins
+    for tensors, by in ((trace, -gap), (theirs, moved - gap)):
+        score = scores[last] + bias[last] + by - bias[next_one]
+        gate[token, next_one] = np.log(score / (1 - score))
+        tensors[f"{layer}.moe.gate"] = gate.astype(np.float32)
+    ids[token] = np.sort([*order[: ids.shape[1] - 1], next_one])
+    theirs[f"{layer}.moe.ids"] = ids.astype(np.int64)
+    margin = trace[f"{layer}.moe.margin"].copy()
+    margin[token] = gap
+    trace[f"{layer}.moe.margin"] = theirs[f"{layer}.moe.margin"] = margin
     return theirs
 
 
 def test_a_flip_at_a_tie_leaves_out_its_row_and_later_all_rows_from_it(trace: Trace) -> None:
     ours = dict(trace)
-    theirs = flipped(ours, L3, 5, 1e-7)
+    theirs = flipped(ours, L3, 5, 1e-6, 2e-6)
     assert theirs[f"{L3}.moe.ids"].tolist() != ours[f"{L3}.moe.ids"].tolist()
     names = list(trace)
     after = names[names.index(f"{L3}.moe.ids") + 1 :]
@@ -261,31 +270,159 @@ def test_ties_are_told_in_the_last_line(
     files: tuple[Path, Path], trace: Trace, tmp_path: Path, run: Run
 ) -> None:
     ours = dict(trace)
-    theirs = flipped(ours, L3, 0, 1e-7)
+    theirs = flipped(ours, L3, 0, 1e-6, 2e-6)
     save(ours, files[0], tokens=TOKENS)
     save(theirs, files[1], tokens=TOKENS)
     ran = run("diff", *files)
     assert ran.code == 0 and "left out, where experts tied" in ran.out.splitlines()[-1]
-    assert "ok, 12 rows left out" in ran.out
+    lines = {line.split()[0]: line for line in ran.out.splitlines()}
+    assert lines[f"{L3}.moe"].endswith("ok, 1 rows left out")
+    assert lines[L4].endswith("not compared, 12 rows left out")
+    said = f"from {L4}.input_layernorm on not compared, since a tie leaves no row: use check-layer"
+    assert said in ran.out.splitlines()[-1]
+    report = json.loads(run("diff", *files, "--json").out)
+    assert report["not_compared"][0] == f"{L4}.input_layernorm"
+    assert {row["name"] for row in report["tensors"] if not row["compared"]} == set(
+        report["not_compared"]
+    )
 
 
-def test_a_flip_off_a_tie_is_a_wrong_router(
-    files: tuple[Path, Path], trace: Trace, run: Run
+@pytest.mark.parametrize("moved", [0.0, 0.02, 0.09])
+def test_a_flip_that_their_own_logits_do_not_explain_is_a_wrong_router(
+    moved: float, files: tuple[Path, Path], trace: Trace, run: Run
 ) -> None:
     ours = dict(trace)
-    theirs = flipped(ours, L3, 5, 0.3)
+    theirs = flipped(ours, L3, 5, 0.1, moved)
+    save(ours, files[0], tokens=TOKENS)
+    save(theirs, files[1], tokens=TOKENS)
+    for more in ((), ("--model", FOLDER)):
+        ran = run("diff", *files, "--names", f"{L3}.moe.ids", *more)
+        assert ran.code == 1
+        last = ran.out.splitlines()[-1 - len(more) // 2]
+        wrong = "wrong router: 1 of 12 tokens have other experts, not at a tie"
+        blind = "" if more else " with any bias of the router that our choices allow"
+        said = f"{wrong}{blind}, first at [5, "
+        assert last.startswith(f"departs first at model.layers.3.moe.ids: {said}")
+
+
+@pytest.mark.parametrize("absent", ["", "margin", "ids", "gate", "ids gate", "ids gate margin"])
+def test_a_tie_is_told_from_whatever_was_recorded(
+    absent: str, files: tuple[Path, Path], trace: Trace, run: Run
+) -> None:
+    ours = dict(trace)
+    theirs = flipped(ours, L3, 5, 1e-6, 2e-6)
+    for part in absent.split():
+        del theirs[f"{L3}.moe.{part}"]
+        if part == "margin" and absent == "margin":
+            del ours[f"{L3}.moe.margin"]
+    for name in list(trace)[list(trace).index(f"{L3}.moe.ids") + 1 :]:
+        if name != f"{L3}.share_expert":
+            x = theirs[name] = theirs[name].copy()
+            later = (
+                6 if name.startswith(L3) else None
+            )  # in its layer only the token's row is touched
+            x[(slice(None),) * name.endswith(".probs") + (slice(5, later),)] += 1
     save(ours, files[0], tokens=TOKENS)
     save(theirs, files[1], tokens=TOKENS)
     ran = run("diff", *files)
-    assert ran.code == 1
-    last = ran.out.splitlines()[-1]
-    assert last.startswith("departs first at model.layers.3.moe.ids: wrong router: 1 of 12 tokens")
-    assert "not at a tie: margin 3.0e-01, a tie is at most 1.0e-06, first at [5, " in last
-    for files_margin in (ours, theirs):
-        files_margin.pop(f"{L3}.moe.margin")
+    assert ran.code == 0, ran.out
+    assert "rows of " in ran.out.splitlines()[-1]
+    theirs[f"{L3}.moe"] = trace[f"{L3}.moe"] * np.float32(1.01)  # a bug is in every row
+    save(theirs, files[1], tokens=TOKENS)
+    ran = run("diff", *files)
+    assert ran.code == 1 and f"departs first at {L3}.moe: " in ran.out.splitlines()[-1]
+
+
+def test_of_other_experts_that_only_their_outputs_tell_few_are_a_tie(
+    files: tuple[Path, Path], trace: Trace, run: Run
+) -> None:
+    name = f"{L3}.moe"
+    margin = np.full(len(TOKENS), 1e-6, np.float32)
+    for rows, code in ((6, 0), (7, 1)):
+        moved = trace[name].copy()
+        moved[:rows] += 1
+        ours = {name: trace[name], f"{name}.ids": trace[f"{name}.ids"], f"{name}.margin": margin}
+        save(ours, files[0], tokens=TOKENS)
+        save({name: moved}, files[1], tokens=TOKENS)
+        ran = run("diff", *files)
+        assert ran.code == code, ran.out
+    margin[3] = 0.1
+    save(ours, files[0], tokens=TOKENS)
+    assert "first at [3, 0]" not in ran.out and "[3, 0]" in run("diff", *files).out.splitlines()[-1]
+
+
+def test_with_a_model_what_a_tie_leaves_out_is_run_from_its_recorded_input(
+    files: tuple[Path, Path], trace: Trace, run: Run
+) -> None:
+    ours = dict(trace)
+    theirs = flipped(ours, L3, 0, 1e-6, 2e-6)
     save(ours, files[0], tokens=TOKENS)
     save(theirs, files[1], tokens=TOKENS)
-    assert "no margin was recorded" in run("diff", *files).out.splitlines()[-1]
+    command = ("diff", *files, "--model", FOLDER)
+    ran = run(*command)
+    assert ran.code == 0 and ran.out.splitlines()[-1].startswith("match: 7 layers, ")
+    save(spoilt(theirs, "model.layers.6", (3, 3), 1), files[1], tokens=TOKENS)
+    assert run("diff", *files).code == 0  # it cannot know
+    ran = run(*command)
+    assert ran.code == 1 and ran.out.splitlines()[-1] == "mismatch: layers 6-7 of 7 layers checked"
+    report = json.loads(run(*command, "--json").out)
+    assert [layer["match"] for layer in report["continued"]["layers"]] == [
+        True,
+        True,
+        False,
+        False,
+    ] + [True] * 3
+
+
+def test_what_is_not_finite_departs_in_theirs_and_is_refused_in_ours(
+    files: tuple[Path, Path], trace: Trace, run: Run, refused: Refused
+) -> None:
+    x = trace[L3].copy()
+    x[7, 1] = np.nan
+    save(trace | {L3: x}, files[1], tokens=TOKENS)
+    ran = run("diff", *files)
+    assert ran.code == 1
+    assert ran.out.splitlines()[-1] == f"departs first at {L3}: is nan at [7, 1]"
+    report = json.loads(run("diff", *files, "--json").out)
+    assert [row["name"] for row in report["tensors"] if not row["match"]] == [L3]
+    said = "theirs.safetensors: tensor model.layers.3 is nan at [7, 1], expected finite"
+    refused("diff", *reversed(files), naming=(said,))
+
+
+def test_a_row_that_is_off_by_its_own_length_departs(
+    files: tuple[Path, Path], trace: Trace, run: Run
+) -> None:
+    x = trace[L3].copy()
+    x[0] *= 50
+    moved = x.copy()
+    moved[9] *= 1.2
+    save(trace | {L3: x}, files[0], tokens=TOKENS, dtype="bfloat16")
+    save(trace | {L3: moved}, files[1], tokens=TOKENS, dtype="bfloat16")
+    ran = run("diff", *files)
+    assert ran.code == 1
+    said = "row 9: error 2.0e-01 of its own length, tolerance 0.12"
+    assert ran.out.splitlines()[-1] == f"departs first at {L3}: {said}"
+
+
+def test_the_start_of_the_model_tells_of_another_prompt_or_other_weights(
+    files: tuple[Path, Path], trace: Trace, run: Run
+) -> None:
+    for name in ("model.embed_tokens", "model.layers.0.input_layernorm"):
+        save(spoilt(trace, name, (3, 3), 1), files[1], tokens=TOKENS)
+        last = run("diff", *files).out.splitlines()[-1]
+        assert last.startswith(f"departs first at {name}: ")
+        assert last.endswith(": perhaps another prompt or other weights")
+
+
+def test_what_a_terminal_would_act_on_is_escaped(
+    files: tuple[Path, Path], trace: Trace, run: Run
+) -> None:
+    odd = "a\x1b[2J\nb"
+    save({odd: trace[L3], f"{odd}1": trace[L3]}, files[0])
+    save({odd: trace[L3] + 1, f"{odd}2": trace[L3]}, files[1])
+    out = run("diff", *files).out
+    assert "departs first at a\\x1b[2J\\nb: " in out and "\x1b" not in out
+    assert "1 such as a\\x1b[2J\\nb1" in out and len(out.splitlines()) == 5
 
 
 def test_a_margin_may_be_off_by_what_the_logits_may(trace: Trace) -> None:
@@ -305,6 +442,9 @@ def test_mtp_layers_may_have_more_rows_and_logits_only_the_last(trace: Trace) ->
     for at in layers_of(trace, "eh_proj"):
         for name in [name for name in trace if f"{name}.".startswith(f"{at}.")]:
             shape = trace[name].shape
+            if name.endswith(".probs"):
+                more[name] = np.pad(trace[name], ((0, 0), (0, 3), (0, 3)), constant_values=0.5)
+                continue
             more[name] = np.concatenate((trace[name], np.full((3, *shape[1:]), 9.0, np.float32)))
     more["lm_head"] = trace["lm_head"][-1:]
     assert diff(ours, Recording("theirs", more, TOKENS)).departure is None
@@ -398,10 +538,6 @@ def write_bad(path: Path, trace: Trace, kind: str) -> None:
         path.write_text("hello, this is no safetensors file")
     elif kind == "folder":
         path.mkdir()
-    elif kind == "nan":
-        x = trace[L3].copy()
-        x[7, 1] = np.nan
-        save(trace | {L3: x}, path, tokens=TOKENS)
     elif kind == "twice":
         save({L3: trace[L3], "layers.3": trace[L3]}, path, tokens=TOKENS)
     elif kind == "other token":
@@ -424,7 +560,6 @@ BAD = {
     "empty": ("theirs.safetensors", "expected a whole safetensors file"),
     "text": ("theirs.safetensors", "expected a whole safetensors file"),
     "folder": ("theirs.safetensors", "cannot be read"),
-    "nan": ("theirs.safetensors: tensor model.layers.3 is nan at [7, 1], expected finite",),
     "twice": ("model.layers.3 and layers.3 are both model.layers.3, expected one",),
     "other token": ("another prompt: token 3 is 1, expected", "ours.safetensors"),
     "longer": ("another prompt: 13 tokens, expected 12", "ours.safetensors"),

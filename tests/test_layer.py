@@ -1,6 +1,7 @@
 """check-layer: one layer against a recording; each porting bug is found, and named."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -202,10 +203,10 @@ FIRST = {  # the layer checked and its first departing tensor, for each way to h
     "rows of q_proj and k_proj permuted for interleaved rotation, but half-split is used": [
         "4.self_attn.q_proj"
     ],
-    "QK-norm after the rotation": ["1.self_attn.q_norm"],
+    "QK-norm after the rotation": ["1.self_attn.q_norm", "2.self_attn.q_norm"],
     "QK-norm on the queries only": ["0.self_attn.k_norm"],
     "gate as SiLU, not sigmoid": ["2.self_attn.o_proj"],
-    "gate on the output of o_proj": ["2.self_attn.o_proj", "4.self_attn.o_proj"],
+    "gate on the output of o_proj": [f"{n}.self_attn.o_proj" for n in (2, 4, 1, 3)],
     "gate forgotten": ["8.self_attn.o_proj"],
     "biased scores used as expert weights": ["2.moe.weights"],
     "router bias forgotten when experts are chosen": ["3.moe.ids"],
@@ -385,7 +386,89 @@ def test_other_experts_that_no_tie_explains_are_a_wrong_router(run: Run, tmp_pat
     assert ran.code == 1
     departs = said(ran, 3)[0]
     assert departs.startswith("departs first at model.layers.3.moe.ids: wrong router: ")
-    assert "not at a tie: margin" in departs
+    assert "tokens have other experts, not at a tie, first at [" in departs
+
+
+def apart(tmp_path: Path) -> tuple[Path, Trace, Trace, int]:
+    """A checkpoint, what it computes, and layer 3 of a right engine with other experts at ties."""
+    ours, theirs = (favouring(tmp_path / str(half), half, 3e-7) for half in (0, 1))
+    a, b = (traced(folder, tokens=prompt("tiny")) for folder in (ours, theirs))
+    ids = "model.layers.3.moe.ids"
+    return ours, a, choices(b), int((a[ids] != b[ids]).any(axis=-1).sum())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("absent", ["ids", "ids gate", "everything between"])
+def test_experts_that_nobody_recorded_raise_no_alarm_and_hide_no_bug(
+    absent: str, dtype: str, run: Run, tmp_path: Path
+) -> None:
+    ours, _, b, differ = apart(tmp_path)
+    at, input_and_output = "model.layers.3.moe", ("model.layers.2", "model.layers.3")
+    gone = [f"{at}.{part}" for part in (*absent.split(), "weights")]
+    b = {n: rounded(x, dtype) for n, x in b.items() if n not in gone}
+    if absent == "everything between":
+        b = {name: b[name] for name in input_and_output}
+    file = save(b, tmp_path / "file", tokens=prompt("tiny"))
+    command = ("check-layer", ours, "--layer", 3, "--against", file)
+    ran = run(*command)
+    assert ran.code == 0, ran.out
+    if dtype == "float32":
+        assert differ > 3 and f"ok, {differ} rows left out" in ran.out
+    for bug in ("gate as SiLU, not sigmoid", "router bias forgotten when experts are chosen"):
+        footgun = next(footgun for footgun in ALL if footgun.bug == bug)
+        theirs = traced(ours, footgun, tokens=prompt("tiny"))
+        save({n: rounded(theirs[n], dtype) for n in b}, file, tokens=prompt("tiny"))
+        ran = run(*command)
+        assert ran.code == 1
+        assert said(ran, 3)[1:] == [f"looks like: {bug} (minstep/{footgun.module}.py)"]
+
+
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_a_router_that_most_rows_would_excuse_is_wrong(
+    has_gate: bool, tiny: Trace, check: Check
+) -> None:
+    at = "model.layers.3.moe"
+    theirs = {n: rounded(x, "bfloat16") for n, x in hooked(tiny).items() if n.startswith(at[:-4])}
+    theirs["model.layers.2"] = rounded(tiny["model.layers.2"], "bfloat16")
+    ids = tiny[f"{at}.ids"].copy()
+    for row in ids:  # one expert that has nothing to do with the scores
+        row[0] = next(e for e in (15, 9, 4, 2, 1) if e not in row)
+    theirs[f"{at}.ids"] = ids
+    if not has_gate:
+        del theirs[f"{at}.gate"]
+    ran = check(theirs, "--layer", 3)
+    assert ran.code == 1
+    assert said(ran, 3)[0].startswith(f"departs first at {at}.ids: wrong router: ")
+
+
+def test_what_is_not_finite_in_theirs_departs(tiny: Trace, check: Check) -> None:
+    name = "model.layers.3.moe.gate"
+    x = tiny[name].copy()
+    x[4, 2] = np.inf
+    ran = check(tiny | {name: x}, "--all")
+    assert ran.code == 1
+    assert said(ran, 3)[0] == f"departs first at {name}: is inf at [4, 2]"
+    assert ran.out.splitlines()[-1] == "mismatch: layer 3 of 11 layers checked"
+    x = tiny["model.layers.2"].copy()
+    x[4, 2] = np.nan
+    ran = check(tiny | {"model.layers.2": x}, "--all")
+    assert ran.code == 1
+    assert said(ran, 2)[0] == "departs first at model.layers.2: is nan at [4, 2]"
+    assert "not checked: layers 3, since their input is not finite" in ran.out
+    assert ran.out.splitlines()[-1] == "mismatch: layer 2 of 10 layers checked"
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_an_mtp_layer_may_have_one_position_left(batch: bool, run: Run, tmp_path: Path) -> None:
+    trace = traced(TINY, tokens=[3, 4, 5])
+    theirs = {n: x[None] if batch else x for n, x in trace.items()}
+    for parts in ("", ".self_attn.q_"):
+        kept = {n: x for n, x in theirs.items() if parts in n or n == "model.layers.8"}
+        file = save(kept, tmp_path / "file", tokens=[3, 4, 5])
+        ran = run("check-layer", TINY, "--layer", 9, "--against", file)
+        assert ran.code == 0, ran.out
+        assert re.search(r"9.self_attn.q_norm +\[1, 6, 16\] ", ran.out)
+    assert trace["model.layers.9.self_attn.q_norm"].shape[0] == 1
 
 
 def test_recorded_experts_that_the_model_does_not_have_are_refused(
@@ -453,6 +536,22 @@ def test_the_end_of_the_model_is_left_out_where_its_weights_are_missing(
     ran = run("check-layer", tmp_path / "part", "--layer", "0,7", "--against", file)
     assert ran.code == 0
     assert "lm_head" not in ran.out and "model.norm" not in ran.out
+
+
+def test_the_logits_of_an_mtp_layer_take_a_head_that_is_there(
+    tiny: Trace, run: Run, tmp_path: Path
+) -> None:
+    shutil.copytree(GOLDEN / "tiny" / "fp32", tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    tensors = {n: x for n, x in load_file(weights).items() if not n.endswith("head.output.weight")}
+    output = "model.layers.8.transformer.shared_head.output"
+    theirs = {n: x for n, x in tiny.items() if n != output}
+    file = save(theirs | {output: tiny["lm_head"][:-1]}, tmp_path / "file", tokens=prompt("tiny"))
+    for code, absent in ((1, ""), (0, "lm_head.weight")):
+        tensors.pop(absent, None)
+        save_file(tensors, weights)
+        ran = run("check-layer", tmp_path / "base", "--layer", 8, "--against", file)
+        assert ran.code == code and (f"{output}  [" in ran.out) == (code == 1), ran.out
 
 
 # What is refused

@@ -3,6 +3,7 @@
 The recipe is held against minstep's own trace, and with bugs planted against check-layer.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -25,9 +26,11 @@ from tests.conftest import GOLDEN, Refused, Run
 from tests.test_golden import TOLERANCE, departures
 from tests.torch_port import (
     BUGS,
+    LAYOUTS,
     RECIPE,
     Bug,
     Port,
+    attends,
     build,
     record,
     recording,
@@ -82,6 +85,21 @@ def test_a_layer_is_recorded_with_its_input_unless_the_layer_before_it_is_too(
     assert {key.split(".")[2] for key in some} == {"2", "3", "9"}
     for key in some.keys() - inputs:
         np.testing.assert_array_equal(some[key], full[key])
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 6, 7])  # 4 and 6 query heads, 2 key-value heads
+@pytest.mark.parametrize("attention", LAYOUTS)
+def test_heads_are_told_from_tokens_however_a_port_lays_them_out(
+    attention: type, tokens: int, tmp_path: Path
+) -> None:
+    model, checkpoint = native("tiny"), open_checkpoint(golden("tiny"))
+    attends(attention)(model, lambda *_: None)
+    theirs = arrays(record(model, tmp_path / "file", [0, 1], TOKENS[:tokens]))
+    ours = traced(TOKENS[:tokens], checkpoint.weights(), checkpoint.config)
+    del theirs["model.layers.0.input"]
+    for n, part in itertools.product([0, 1], ["q_norm", "k_norm", "q_rope", "k_rope"]):
+        assert f"model.layers.{n}.self_attn.{part}" in theirs
+    assert not departures(ours, theirs, TOLERANCE["float32"])
 
 
 def test_the_file_says_what_it_is_and_safetensors_reads_it(tmp_path: Path) -> None:
@@ -217,8 +235,30 @@ def test_the_script_refuses_a_checkpoint_that_transformers_would_fill_with_rando
     del tensors["model.layers.2.moe.gate.weight"]
     save_file(tensors, single / "model.safetensors", {"format": "pt"})
     ran = script("--model", single, "--out", tmp_path / "file", "--tokens", "5", "--layers", "0")
-    assert ran.returncode != 0 and "found no tensor for" in ran.stderr.splitlines()[-1]
-    assert not (tmp_path / "file").exists()
+    assert ran.returncode == 2 and "found no tensor for" in ran.stderr
+    assert ran.stderr.count("\n") == 1 and not (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "given", "words"),
+    [
+        ("--tokens", "5,x", "--tokens is '5,x', expected numbers such as 5,17,9"),
+        ("--tokens", "", "--tokens is ''"),
+        ("--tokens", "5,99999", "--tokens has 99999, expected 0 to "),
+        ("--layers", "0,-1", "--layers is '0,-1', expected numbers"),
+        ("--layers", "0,11", "layer 11 is not in the model"),
+        ("--model", "nowhere", "nowhere/config.json"),
+        ("--out", "nowhere/file", "--out is nowhere/file, expected a file in a folder"),
+    ],
+)
+def test_the_script_refuses_bad_arguments_in_one_line(
+    flag: str, given: str, words: str, tmp_path: Path
+) -> None:
+    good = {"--model": golden("tiny"), "--out": tmp_path / "file", "--tokens": 5, "--layers": 0}
+    ran = script(*(word for pair in (good | {flag: given}).items() for word in pair))
+    assert ran.returncode == 2 and words in ran.stderr
+    assert ran.stderr.count("\n") == 1 and ran.stderr.startswith("record_torch.py: ")
+    assert ran.stdout == "" and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -249,9 +289,9 @@ def test_check_layer_finds_each_bug_at_its_first_tensor_and_names_it(
     said = [line for line in ran.out.splitlines() if line.startswith(f"layer {bug.layer} ")]
     first = f"model.layers.{bug.layer}.{bug.first}".removesuffix(".")
     assert said[0].startswith(f"layer {bug.layer} departs first at {first}: "), said
-    assert [line.split(" (minstep/")[0] for line in said[1:]] == [
-        f"layer {bug.layer} looks like: {bug.looks_like}"
-    ]
+    (line,) = said[1:]
+    assert line.startswith(f"layer {bug.layer} looks like: {bug.looks_like} (minstep/")
+    assert line.endswith(".py)") or dtype == "bfloat16"  # nothing departs but by rounding
 
 
 FIRSTS = {  # of all layers, where each bug shows first in a whole run

@@ -170,6 +170,9 @@ def released(port: Port) -> Port:
 class Attention(step.Step3p7Attention):
     """transformers' attention in parts that a bug may replace."""
 
+    def projected(self, proj: Any, x: Any) -> Any:
+        return proj(x)
+
     def turned(self, q: Any, k: Any, cos: Any, sin: Any) -> tuple[Any, Any]:
         """Normed and rotated: [1, H, T, K] each."""
         return apply_rotary_pos_emb(self.q_norm(q), self.k_norm(k), cos, sin)
@@ -183,11 +186,34 @@ class Attention(step.Step3p7Attention):
     ) -> Any:
         x, shape = hidden_states, (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (
-            proj(x).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            self.projected(proj, x).view(shape).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = self.turned(q, k, *position_embeddings)
         heads, _ = step.eager_attention_forward(self, q, k, v, attention_mask, self.scaling)
         return self.opened(heads, self.g_proj(x)), None
+
+
+class Copies(Attention):
+    def turned(self, q: Any, k: Any, cos: Any, sin: Any) -> tuple[Any, Any]:
+        return super().turned(q.contiguous(), k.contiguous(), cos, sin)
+
+
+class SkipsModules(Attention):
+    """As where one matrix has all projections: those of queries and keys are no modules."""
+
+    def projected(self, proj: Any, x: Any) -> Any:
+        return F.linear(x, proj.weight)
+
+
+class TurnsByToken(Attention):
+    def turned(self, q: Any, k: Any, cos: Any, sin: Any) -> tuple[Any, Any]:
+        q, k = self.q_norm(q.transpose(1, 2)), self.k_norm(k.transpose(1, 2))
+        q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+
+LAYOUTS = (step.Step3p7Attention, Attention, Copies, SkipsModules, TurnsByToken)  # all are right
 
 
 class NormsAfterRotating(Attention):
@@ -206,6 +232,25 @@ class OpensItsOutput(Attention):
         out = self.o_proj(heads.flatten(2))
         D, H = out.shape[-1], gate.shape[-1]
         return out * gate.sigmoid()[..., torch.arange(D) * H // D]
+
+
+class OpensByMean(Attention):
+    def opened(self, heads: Any, gate: Any) -> Any:
+        return self.o_proj(heads.flatten(2)) * gate.sigmoid().mean(-1, keepdim=True)
+
+
+class GatedLinear(nn.Linear):
+    """What a hook on o_proj sees where the gate is inside: `gate` [1, T, 1] of the tokens."""
+
+    def forward(self, x: Any) -> Any:
+        return super().forward(x) * self.gate
+
+
+class OpensItsOutputInside(Attention):
+    def opened(self, heads: Any, gate: Any) -> Any:
+        self.o_proj.__class__ = GatedLinear
+        self.o_proj.gate = gate.sigmoid().mean(-1, keepdim=True)
+        return self.o_proj(heads.flatten(2))
 
 
 class StaysOpen(Attention):
@@ -281,6 +326,14 @@ def norms(
                 norm.forward = lambda x, norm=norm: scaled(norm._norm(x), norm.weight)
 
     return plant
+
+
+def centred(port: Port, patch: Patch) -> None:
+    """LayerNorms where the model has RMSNorms."""
+    for norm in every(port, step.Step3p7RMSNorm):
+        norm.forward = lambda x, norm=norm: F.layer_norm(
+            x, x.shape[-1:], 1 + norm.weight, eps=norm.eps
+        )
 
 
 def unnormed_keys(port: Port, patch: Patch) -> None:
@@ -473,6 +526,7 @@ BUGS = [  # of the tiny model, whose layer 0 is full, 1 sliding, 7 clamped exper
     Bug("norm weight used as w, not 1 + w", 3, "input_layernorm", plant=norms(lambda x, w: x * w)),
     Bug("1 added twice to the norm weight", 0, "input_layernorm", plant=norms(lambda x, w: x * (2 + w))),
     Bug("QK-norm weight used as w, not 1 + w", 1, "self_attn.q_norm", plant=norms(lambda x, w: x * w, ("q_norm", "k_norm"))),
+    Bug("norm subtracts the mean", 3, "input_layernorm", plant=centred),
     Bug("QK-norm on the queries only", 1, "self_attn.k_norm", plant=unnormed_keys),
     Bug("Llama-3 scaling applied to a sliding layer", 1, "self_attn.q_rope", alter=scales_all),
     Bug("Llama-3 scaling applied to no layer", 0, "self_attn.q_rope", alter=rope(FULL, rope_type="default")),
@@ -486,6 +540,8 @@ BUGS = [  # of the tiny model, whose layer 0 is full, 1 sliding, 7 clamped exper
     Bug("QK-norm after the rotation", 1, "self_attn.q_norm", plant=attends(NormsAfterRotating)),
     Bug("gate as SiLU, not sigmoid", 0, "self_attn.o_proj", plant=attends(OpensWithSiLU)),
     Bug("gate on the output of o_proj", 0, "self_attn.o_proj", plant=attends(OpensItsOutput)),
+    Bug("gate on the output of o_proj", 1, "self_attn.o_proj", plant=attends(OpensByMean)),
+    Bug("gate on the output of o_proj", 2, "self_attn.o_proj", plant=attends(OpensItsOutputInside)),
     Bug("gate forgotten", 1, "self_attn.o_proj", plant=attends(StaysOpen)),
     Bug("key-value heads repeated in stripes", 0, "self_attn.o_proj", plant=repeats_in_stripes),
     Bug("scores scaled by 1/K", 0, "self_attn.o_proj", plant=scales_by_width),

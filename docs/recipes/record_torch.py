@@ -22,8 +22,10 @@ import inspect
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +145,23 @@ def _watch_layer(layer: str, block: Any, first: bool, writer: Writer, undo: Any)
     factor, key = getattr(experts, "routed_scaling_factor", 1.0), "custom_routing_function"
     choose = getattr(experts, key, None)  # of the released code, which only reads gate.weight
 
-    def add(part: str, x: Any) -> None:
-        rows = writer.places[f"{layer}.input_layernorm"][1][0] if part.endswith(BY_HEAD) else 0
-        x = x.transpose(-3, -2) if rows and x.shape[-3] != rows else x  # was [1, H, T, K]
+    firsts: dict[str, Any] = {}  # of q_proj and k_proj: the first token's row
+
+    def add(part: str, x: Any, is_by_head: bool = False) -> None:
+        """`is_by_head`: where its shape does not tell, x is [1, H, T, K], not [1, T, H, K]."""
+        if part.endswith(BY_HEAD):
+            T = writer.places[f"{layer}.input_layernorm"][1][0]
+            is_by_head = x.shape[-3] != T or x.shape[-2] == T and is_by_head
+        elif part.endswith(("q_proj", "k_proj")):
+            firsts[part] = x.flatten(0, -2)[0].clone()
+        x = x.transpose(-3, -2) if is_by_head else x
         writer.add(f"{layer}.{part}" if part else layer, x, is_mtp)
+
+    def add_normed(part: str, x: Any, normed: Any) -> None:
+        first = firsts.get(part.replace("norm", "proj"))  # a fused projection has none
+        is_turned = x.stride(-3) < x.stride(-2)
+        is_same = first is not None and first.to(x).equal(x[..., 0, :].flatten())
+        add(part, normed, is_turned if first is None else is_same)
 
     def add_input(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
         add("input", args[0] if args else kwargs["hidden_states"])
@@ -176,6 +191,9 @@ def _watch_layer(layer: str, block: Any, first: bool, writer: Writer, undo: Any)
             _watch(module, lambda x: add("moe", x * factor), undo)
         elif place == "mlp" and hasattr(module, "experts") or place == "moe.gate" and choose:
             pass  # the first is a sum with the shared expert in it
+        elif part in ("self_attn.q_norm", "self_attn.k_norm"):
+            see = partial(lambda part, _, args, normed: add_normed(part, args[0], normed), part)
+            undo.callback(module.register_forward_hook(see).remove)
         elif part in PARTS:
             _watch(module, lambda x, part=part: add(part, x), undo)
     if choose:
@@ -183,7 +201,7 @@ def _watch_layer(layer: str, block: Any, first: bool, writer: Writer, undo: Any)
         setattr(experts, key, chosen)
 
 
-def _watch_rotation(attention: Any, add: Callable[[str, Any], None], undo: Any) -> None:
+def _watch_rotation(attention: Any, add: Callable[..., None], undo: Any) -> None:
     """While this attention runs, have written what its file's function returns."""
     scope = inspect.unwrap(type(attention).forward).__globals__
     if (real := scope.get(ROTATE)) is None:
@@ -191,8 +209,11 @@ def _watch_rotation(attention: Any, add: Callable[[str, Any], None], undo: Any) 
 
     def rotate(*args: Any, **kwargs: Any) -> Any:
         rotated = real(*args, **kwargs)
+        given = inspect.signature(real).bind(*args, **kwargs)
+        given.apply_defaults()
+        heads = given.arguments.get("unsqueeze_dim", 1)  # the axis of heads, as cos is spread
         for name, x in zip(("q_rope", "k_rope"), rotated, strict=True):
-            add(f"self_attn.{name}", x)
+            add(f"self_attn.{name}", x, heads % x.dim() != x.dim() - 2)
         return rotated
 
     begin = attention.register_forward_pre_hook(lambda *_: scope.update({ROTATE: rotate}))
@@ -209,10 +230,13 @@ def load(folder: Path, dtype: str, remote_code: bool) -> Any:
     import torch
     import transformers
 
+    transformers.utils.logging.set_verbosity_error()  # else it tells of a missing vision part
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     how: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": remote_code}
     text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if text["model_type"] == "step3p5" and not remote_code:
-        tied, eye = text["tie_word_embeddings"], {"width": 28, "layers": 1, "heads": 2}
+    if text.get("model_type") == "step3p5" and not remote_code:
+        tied, eye = text.get("tie_word_embeddings", False), {"width": 28, "layers": 1, "heads": 2}
         how["config"] = transformers.Step3p7Config(text_config=text, vision_config=eye)
         how["config"].tie_word_embeddings = tied
     kind = "AutoModelForCausalLM" if remote_code else "Step3p7ForConditionalGeneration"
@@ -225,9 +249,7 @@ def load(folder: Path, dtype: str, remote_code: bool) -> Any:
 
 
 def main() -> None:
-    """Record from the command line."""
-    import torch
-
+    """Record from the command line; what cannot be is told in one line, with exit code 2."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     for flag, example in (("model", "DIR"), ("tokens", "5,17,9"), ("layers", "0,17")):
         parser.add_argument(f"--{flag}", required=True, metavar=example)
@@ -236,8 +258,23 @@ def main() -> None:
     parser.add_argument("--outer", action="store_true", help="embedding, final norm, logits too")
     parser.add_argument("--remote-code", action="store_true", help="run the checkpoint's own code")
     args = parser.parse_args()
-    ids, layers = ([int(n) for n in text.split(",")] for text in (args.tokens, args.layers))
+    try:
+        for flag in ("tokens", "layers"):
+            if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", text := getattr(args, flag)):
+                raise ValueError(f"--{flag} is {text!r}, expected numbers such as 5,17,9")
+        _record(args, *([int(n) for n in text.split(",")] for text in (args.tokens, args.layers)))
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
+
+
+def _record(args: argparse.Namespace, ids: list[int], layers: list[int]) -> None:
+    import torch
+
+    if not Path(args.out).parent.is_dir():
+        raise ValueError(f"--out is {args.out}, expected a file in a folder that is there")
     model = load(Path(args.model), args.dtype, args.remote_code)
+    if max(ids) >= (V := model.get_input_embeddings().num_embeddings):
+        raise ValueError(f"--tokens has {max(ids)}, expected 0 to {V - 1}")
     with torch.no_grad(), recording(model, args.out, layers, ids, args.outer):
         model(input_ids=torch.tensor([ids]), use_cache=False)
 

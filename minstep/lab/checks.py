@@ -18,7 +18,7 @@ from minstep.lab.explain import ALL, explain, looks_like
 from minstep.lab.footguns import Footgun
 from minstep.lab.layer import Checked, check_layer
 from minstep.lab.names import is_weight, split
-from minstep.lab.recording import Recording
+from minstep.lab.recording import NotFinite, Recording
 from minstep.lab.rerun import input_names
 from minstep.lab.trace import EMBEDDING
 from minstep.terminal import Progress
@@ -88,30 +88,40 @@ def check_layers(
 ) -> Checks:
     """Check each layer, and look for what explains those that depart.
 
-    A bug that explained a layer is tried first on the next. Where no bug is known, layers that
-    differ in nothing but their weights are not tried again. Raises InputError as check_layer does.
+    Bugs that explained something of a layer are tried first on the next. Where no bug is known,
+    layers that differ in nothing but their weights, and depart at the same tensor, are not tried
+    with all bugs again. Raises InputError as check_layer does.
     """
     bar = Progress("checking", len(numbers), "layers")
     config, checks = checkpoint.config, Checks(theirs, [], {}, {})
     known: list[Footgun] = []
-    unexplained: dict[LayerSpec, int] = {}
+    unexplained: dict[tuple[LayerSpec, str], int] = {}
     for done, n in enumerate(numbers, start=1):
-        checked = check_layer(checkpoint, n, theirs, dtype, tolerance)
+        try:
+            checked = check_layer(checkpoint, n, theirs, dtype, tolerance)
+        except NotFinite:
+            if n == numbers[-1] and not checks.layers:  # there is no other to tell of
+                raise
+            checks.skipped.setdefault("their input is not finite", []).append(n)
+            continue
         checks.layers.append(checked)
-        kind = (*config.layers, *config.mtp_layers)[n]._replace(name="")
-        if checked.first is not None and kind in unexplained:
-            same = f"is of the same kind as layer {unexplained[kind]}"
-            checks.explained[n] = [f"{same}: {line}" for line in looks_like(checked, [])]
-        elif checked.first is not None:
+        if checked.first is not None:
+            spec, first = (*config.layers, *config.mtp_layers)[n], split(checked.first.name)[1]
+            kind = spec._replace(name=""), first
             trials = explain(checkpoint, theirs, checked, dtype, known)
-            if not any(trial.still is None for trial in trials):
+            is_explained = any(trial.still is None for trial in trials)
+            if not is_explained and kind not in unexplained:
                 bar.erase()
                 tried = Progress(f"layer {n} departs, trying", len(ALL), "known bugs")
                 trials = explain(checkpoint, theirs, checked, dtype, progress=tried)
-            found = [trial.footgun for trial in trials if trial.still is None]
-            known += [footgun for footgun in found if footgun not in known]
-            unexplained |= {} if found else {kind: n}
-            checks.explained[n] = looks_like(checked, trials)
+                is_explained = any(trial.still is None for trial in trials)
+            known += [trial.footgun for trial in trials if trial.footgun not in known]
+            lines = looks_like(checked, trials)
+            if not trials and kind in unexplained:
+                lines = [f"is of the same kind as layer {unexplained[kind]}: {lines[0]}"]
+            elif not is_explained:
+                unexplained.setdefault(kind, n)
+            checks.explained[n] = lines
         bar(done)
     return checks
 

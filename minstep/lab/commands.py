@@ -5,6 +5,7 @@ import json
 import tempfile
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,11 +16,13 @@ from minstep.files import InputError, atomic_file, check_space
 from minstep.generate import check_prompt
 from minstep.keys import read_json
 from minstep.lab.bench import bench_lines, bench_moe
-from minstep.lab.checks import check_layers, checkable, checks_json, checks_table
+from minstep.lab.checks import Checks, check_layers, checkable, checks_json, checks_table
 from minstep.lab.diff import Report, as_json, diff, diff_table, layer_of, verdict
 from minstep.lab.inspect import inspect, table
+from minstep.lab.names import split
 from minstep.lab.record import plan, record_file
 from minstep.lab.recording import open_recording
+from minstep.lab.router import routers_of
 from minstep.lab.shards import (
     layers_report,
     layers_table,
@@ -111,7 +114,7 @@ def run_check_layer(args: Namespace) -> int:
     if args.layer:
         numbers = numbered(args.layer, checkpoint.config, "--layer")
     checks = check_layers(checkpoint, theirs, numbers, np.dtype(args.dtype), args.tolerance)
-    checks = checks._replace(skipped=skipped)
+    checks = checks._replace(skipped=skipped | checks.skipped)
     print(json.dumps(checks_json(checks)) if args.json else checks_table(checks))
     return 0 if checks.is_match else 1
 
@@ -120,13 +123,36 @@ def run_diff(args: Namespace) -> int:
     """Compare two recordings: 0 where all is the same, 1 where a tensor departs."""
     config = load_config(args.model) if args.model else None
     ours, theirs = open_recording(args.ours), open_recording(args.theirs)
-    report = diff(ours, theirs, args.tolerance, config, args.names)
+    routers = routers_of(args.model) if args.model else None
+    report = diff(ours, theirs, args.tolerance, config, args.names, routers)
     why = _explained(args, report) if report.departure and config else []
+    rest = _continued(args, report) if config and not report.departure else None
     if args.json:
-        print(json.dumps(as_json(report) | {"explained": why}))
+        more = {"continued": checks_json(rest)} if rest else {}
+        print(json.dumps(as_json(report) | {"explained": why} | more))
     else:
-        print("\n".join([diff_table(report), verdict(report), *why]))
-    return 0 if report.departure is None else 1
+        alone = ["", checks_table(rest)] if rest else []
+        print("\n".join([diff_table(report), verdict(report), *why, *alone]))
+    return 0 if report.departure is None and (rest is None or rest.is_match) else 1
+
+
+def _continued(args: Namespace, report: Report) -> Checks | None:
+    """Layers that ties left no row to compare of, each run from its recorded input."""
+    try:
+        checkpoint = open_checkpoint(args.model)
+        numbers, _ = checkable(checkpoint, report.theirs)
+    except InputError:  # nothing to run, or to run it from
+        return None
+    empty = {split(row.name)[0] for row in report.rows if row.is_empty}
+    numbers = [n for n in numbers if n in empty]
+    if not numbers:
+        return None
+    return check_layers(checkpoint, report.theirs, numbers, _dtype(report), args.tolerance)
+
+
+def _dtype(report: Report) -> np.dtype[Any]:
+    """What to run layers in that are held against the recording."""
+    return np.dtype("float64" if report.theirs.engine_dtype == "float64" else "float32")
 
 
 def _explained(args: Namespace, report: Report) -> list[str]:
@@ -134,8 +160,7 @@ def _explained(args: Namespace, report: Report) -> list[str]:
     try:
         checkpoint = open_checkpoint(args.model)
         n = layer_of(report, checkpoint.config)
-        dtype = np.dtype("float64" if report.theirs.engine_dtype == "float64" else "float32")
-        checks = check_layers(checkpoint, report.theirs, [n], dtype, args.tolerance)
+        checks = check_layers(checkpoint, report.theirs, [n], _dtype(report), args.tolerance)
     except InputError as error:  # the two still departed: that was said, and is the exit code
         return [f"not explained: {error}"]
     alone = f"layer {n}, run from the input that {args.theirs} has, computes what it has"

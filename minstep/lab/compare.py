@@ -6,15 +6,18 @@ Checked by: tests/test_compare.py
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from minstep.lab.names import split
 from minstep.tap import Array
 
 # By what an engine computed in: the largest error that is rounding, as a share of the tensor's
 # largest value.
 TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
 CHUNK = 1 << 20  # elements in float64 at a time
-ROUNDING = 1e-6  # of a float32 score between 0 and 2
+WIDE = 32  # columns from which on the length of a row says something
+ROWS = 2.0  # times the tolerance: how far a row may be off, by its own length
+MASSIVE = 8.0  # times the median column: columns that would hide all others
+BY_ROW = ("self_attn.o_proj", "moe", "share_expert", "mlp", "")  # "": a layer's output
 
 
 class First(NamedTuple):
@@ -44,15 +47,10 @@ class Comparison(NamedTuple):
     left_out: int = 0
     note: str = ""
 
-
-class Flip(NamedTuple):
-    """A token whose experts differ; `margin` is None where neither recording has it."""
-
-    token: int
-    ours: tuple[int, ...]
-    theirs: tuple[int, ...]
-    margin: float | None
-    is_tie: bool
+    @property
+    def is_empty(self) -> bool:
+        """Whether every row was left out, so that a match says nothing."""
+        return self.left_out > 0 and 0 in self.shape
 
 
 def compare(
@@ -124,40 +122,27 @@ def _without_batch(shape: tuple[int, ...]) -> tuple[int, ...]:
     return _without_batch(shape[1:]) if shape[:1] == (1,) else shape
 
 
-def expert_flips(
-    ours: NDArray[np.integer], theirs: NDArray[np.integer], margin: Array | None, tie: Array | float
-) -> list[Flip]:
-    """The tokens whose sets of experts [T, A] differ, and whether a tie explains it.
+def row_errors(name: str, ours: Array, theirs: Array) -> Array | None:
+    """How far each row [T] is off as a share of its own length; None for what has no such rows.
 
-    `margin` [T]: the gap between the last chosen and the first rejected score of ours; `tie`: how
-    large a gap rounding may bridge, one for all or [T].
+    One large row hides errors in all others from `compare`, and one large column, as residual
+    streams have them, those in all others: such columns are left out here.
     """
-    a, b = np.sort(ours, axis=-1), np.sort(theirs, axis=-1)
-    limits = np.broadcast_to(tie, len(a))
-    flips = []
-    for t in np.flatnonzero((a != b).any(axis=-1)):
-        gap = None if margin is None else float(margin[t])
-        is_tie = gap is not None and gap <= limits[t]
-        sets = tuple(map(int, a[t])), tuple(map(int, b[t]))
-        flips.append(Flip(int(t), *sets, gap, is_tie))
-    return flips
+    if split(name)[1] not in BY_ROW or ours.ndim != 2 or ours.shape[1] < WIDE or not ours.size:
+        return None
+    largest = np.maximum(ours.max(axis=0), -ours.min(axis=0))
+    kept = largest <= MASSIVE * np.median(largest)
+    errors = np.empty(len(ours))
+    for start in range(0, len(ours), step := max(1, CHUNK // ours.shape[1])):
+        x, y = (z[start : start + step, kept].astype(np.float64) for z in (ours, theirs))
+        length = np.linalg.norm(x, axis=1)
+        errors[start : start + step] = np.linalg.norm(x - y, axis=1) / np.where(length, length, 1)
+    return errors
 
 
-def score_scale(gate: Array | None) -> float:
-    """What errors of scores are relative to, by the router's logits `gate` [T, E], if known.
-
-    An error e of the logits moves a sigmoid by at most e/4, and the gap between two by e/2.
-    """
-    return max(1.0, _largest(gate) if gate is not None and gate.size else 0.0) / 2
-
-
-def tie_width(gate: Array | None, other: Array | None, tolerance: float) -> Array:
-    """How large a gap between two scores rounding may bridge: for each token [T], or one for all.
-
-    `gate` and `other`: our logits [T, E] and the other engine's. Where both are known the error
-    that was seen counts, if it is less than the one that is allowed.
-    """
-    allowed = np.array(tolerance * score_scale(gate))
-    if gate is None or other is None or gate.shape != other.shape:
-        return allowed
-    return np.minimum(allowed, np.abs(gate - other).max(axis=-1) / 2 + ROUNDING)  # [T]
+def departing(name: str, ours: Array, theirs: Array, tolerance: float) -> Array:
+    """Which rows [T] of two tensors [T, ...] of one shape depart, by any element or as a whole."""
+    x, y = (z.reshape(len(z), -1).astype(np.float64) for z in (ours, theirs))
+    away = np.abs(x - y).max(axis=1, initial=0.0) > tolerance * (_largest(x) if x.size else 1.0)
+    errors = row_errors(name, ours, theirs)
+    return away if errors is None else away | (errors > ROWS * tolerance)

@@ -12,8 +12,11 @@ from minstep.config import Config
 from minstep.files import InputError
 from minstep.lab.compare import Comparison
 from minstep.lab.names import mtp_layers, split
-from minstep.lab.pairs import align, check_same_prompt, compare_all, tolerance_of
+from minstep.lab.pairs import align, check_same_prompt, compare_all, recorded_choice, tolerance_of
 from minstep.lab.recording import Recording
+from minstep.lab.router import Choice, Routers
+
+STARTS = ("model.embed_tokens", "model.layers.0.input_layernorm")  # nothing of the port is in them
 
 
 class Report(NamedTuple):
@@ -38,13 +41,15 @@ def diff(
     tolerance: float | None = None,
     config: Config | None = None,
     globs: Sequence[str] = (),
+    routers: Routers | None = None,
 ) -> Report:
     """Compare all that two recordings of one prompt have in common; ours is the reference.
 
     `tolerance`: for every tensor, in place of that of the less precise engine, which grows from
     layer to layer where the engine has 16 bits. `config`: of the model, for what the recordings do
-    not say. `globs`: our names to look at. Raises InputError for recordings
-    of other prompts or of another model, with nothing in common, or with values not finite.
+    not say. `globs`: our names to look at. `routers`: of the model, where experts
+    differ. Raises InputError for recordings of other prompts or of another model, with nothing in
+    common, or ours with values not finite.
     """
     check_same_prompt(ours, theirs)
     if config is not None:
@@ -60,7 +65,11 @@ def diff(
         said = f"{ours.path} has {_such(held[0])}, {theirs.path} {_such(held[1])}"
         raise InputError(f"no tensor in common{kind}: {said}")
     mtp = mtp_layers((*ours.forms, *theirs.forms), config)
-    rows = list(compare_all(ours, theirs, names, tolerance, mtp, grows))
+
+    def judge(n: int, tolerance: float) -> Choice | None:
+        return recorded_choice(n, ours, theirs, tolerance, routers and routers(n))
+
+    rows = list(compare_all(ours, theirs, names, tolerance, mtp, grows, judge))
     used = {term.source for name in names for term in ours.forms[name]}
     used_by_them = {term.source for name in names for term in theirs.forms[name]}
     return Report(
@@ -111,21 +120,22 @@ def _unused(recording: Recording, names: Iterable[str], used: set[str]) -> list[
 
 
 def _such(names: Sequence[str]) -> str:
-    return f"{len(names)} such as {names[0]}" if names else "none"
+    return f"{len(names)} such as {printable(names[0])}" if names else "none"
 
 
 def diff_table(report: Report) -> str:
     """One line for each tensor: name, shape, errors, cosine, verdict."""
-    width = max(len(row.name) for row in report.rows)
+    names = [printable(row.name) for row in report.rows]
+    width = max(map(len, names))
     shapes = [str(list(row.shape)) for row in report.rows]
     wide = max(map(len, shapes))
     lines = [f"{'tensor':{width}}  {'shape':{wide}}  max error  mean error    cosine  verdict"]
-    for row, shape in zip(report.rows, shapes, strict=True):
-        verdict = "ok" if row.is_match else "departs"
+    for row, name, shape in zip(report.rows, names, shapes, strict=True):
+        verdict = "not compared" if row.is_empty else "ok" if row.is_match else "departs"
         if row.left_out:
             verdict += f", {row.left_out} rows left out"
         figures = f"{row.max_error:9.1e}  {row.mean_error:10.1e}  {row.cosine:8.6f}"
-        lines.append(f"{row.name:{width}}  {shape:{wide}}  {figures}  {verdict}")
+        lines.append(f"{name:{width}}  {shape:{wide}}  {figures}  {verdict}")
     return "\n".join([*lines, *_unmatched(report)])
 
 
@@ -140,24 +150,41 @@ def verdict(report: Report) -> str:
     first = report.departure
     if first is not None:
         return f"departs first at {describe(first)}"
-    figures = [row for row in report.rows if not row.name.endswith(".moe.ids")] or report.rows
+    compared = [row for row in report.rows if not row.is_empty]
+    figures = [row for row in compared if not row.name.endswith(".moe.ids")] or compared
+    if not figures:
+        return "match: 0 tensors" + _not_compared(report)
     worst = max(figures, key=lambda row: row.max_error / row.tolerance)
     least, most = (f(row.tolerance for row in report.rows) for f in (min, max))
     within = f"{least:g}" if least == most else f"{least:g} to {most:.2g}"
-    at = f"worst {worst.max_error:.1e} at {worst.name}"
-    left_out = sum(row.left_out > 0 for row in report.rows)
+    at = f"worst {worst.max_error:.1e} at {printable(worst.name)}"
+    left_out = sum(row.left_out > 0 for row in compared)
     more = f"; rows of {left_out} left out, where experts tied" if left_out else ""
-    return f"match: {len(report.rows)} tensors within {within} ({at}){more}"
+    return f"match: {len(compared)} tensors within {within} ({at}){more}{_not_compared(report)}"
+
+
+def _not_compared(report: Report) -> str:
+    """What a verdict must say where a tie left no row of some tensors."""
+    empty = [row.name for row in report.rows if row.is_empty]
+    if not empty:
+        return ""
+    after = f"; {len(empty)} from {empty[0]} on not compared, since a tie leaves no row"
+    return f"{after}: use check-layer for these"
 
 
 def describe(row: Comparison) -> str:
     """One line on a tensor that departs: its name, the error and the first element."""
     said = f"error {row.max_error:.1e} of the largest value, tolerance {row.tolerance:.2g}"
-    line = f"{row.name}: {row.note or said}"
-    if row.first is None:
-        return line
-    place, ours, theirs = row.first
-    return f"{line}, first at {list(place)}: {ours:.6g} against {theirs:.6g}"
+    line = f"{printable(row.name)}: {row.note or said}"
+    if row.first is not None:
+        place, ours, theirs = row.first
+        line += f", first at {list(place)}: {ours:.6g} against {theirs:.6g}"
+    return line + (": perhaps another prompt or other weights" if row.name in STARTS else "")
+
+
+def printable(name: str) -> str:
+    """A name from a file, with escapes in the place of what a terminal would act on."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -165,6 +192,7 @@ def as_json(report: Report) -> dict[str, Any]:
     first = report.departure
     return {
         "match": first is None,
+        "not_compared": [row.name for row in report.rows if row.is_empty],
         "tolerance": report.tolerance,
         "ours": {"path": str(report.ours.path), "dtype": report.ours.engine_dtype},
         "theirs": {"path": str(report.theirs.path), "dtype": report.theirs.engine_dtype},
@@ -184,6 +212,7 @@ def row_json(row: Comparison) -> dict[str, Any]:
         **{key: x if math.isfinite(x) else None for key, x in errors.items()},
         "cosine": row.cosine,
         "match": row.is_match,
+        "compared": not row.is_empty,
         "tolerance": row.tolerance,
         "first": row.first and dict(zip(("index", "ours", "theirs"), row.first, strict=True)),
         "left_out": row.left_out,

@@ -74,13 +74,13 @@ def explain(
 
 def looks_like(checked: Checked, trials: Iterable[Trial]) -> list[str]:
     """What explain has found in words, a line for each bug."""
-    lines: dict[str, None] = {}  # a bug may be there in several ways
+    lines: dict[str, str] = {}  # a bug may be there in several ways: the best is told
     for trial in trials:
         line = f"looks like: {trial.footgun.bug} (minstep/{trial.footgun.module}.py)"
         if trial.still and checked.first:
             line += f", which explains {checked.first.name}, but {trial.still} still departs"
-        lines[line] = None
-    return list(lines) or ["no known porting bug explains it"]
+        lines.setdefault(trial.footgun.bug, line)
+    return list(lines.values()) or ["no known porting bug explains it"]
 
 
 def reaches(footgun: Footgun, checkpoint: Checkpoint, n: int) -> bool:
@@ -110,8 +110,9 @@ def _try(
         if name in departs:
             beside = [name.replace("moe.ids", f"moe.{part}") for part in ("ids", "gate", "margin")]
             kept = {n: run.tensors[n] for n in beside if n in run.tensors}
-            ours = Recording("minstep", kept, theirs.tokens, state.dtype.name)
-            seen[name] = next(compare_all(ours, theirs, [name], checked.tolerance, mtp))
+            ours = Recording("minstep", kept, engine_dtype=state.dtype.name)
+            pair = compare_all(ours, theirs, [name], checked.tolerance, mtp, judge=run.judge)
+            seen[name] = next(pair)
             if not seen[name].is_match:
                 raise Departed
 
@@ -122,7 +123,7 @@ def _try(
             run_layer(variant(footgun), checkpoint, checked.layer, state, run, leading(checkpoint))
         names, ours = comparable(checkpoint, run, state.dtype.name)
         unseen = [name for name in names if name in departs and name not in seen]
-        for c in compare_all(ours, theirs, unseen, checked.tolerance, mtp):
+        for c in compare_all(ours, theirs, unseen, checked.tolerance, mtp, judge=run.judge):
             seen[c.name] = c
     except Departed:
         pass
@@ -130,7 +131,7 @@ def _try(
         return None
     still = next((c.name for c in seen.values() if not c.is_match), None)
     first = next(name for name, departing in departs.items() if departing)
-    if first not in seen or not seen[first].is_match:
+    if first not in seen or not seen[first].is_match or seen[first].is_empty:
         return None
     matching = [c for c in seen.values() if c.is_match]
     return Trial(footgun, len(matching), sum(c.mean_error for c in matching), still)

@@ -65,6 +65,9 @@ def variant(footgun: Footgun | None = None) -> Variant:
 QK_NORM = """\
 q = tap("q_norm", rms_norm(q, weights.q_norm, eps))
     k = tap("k_norm", rms_norm(k, weights.k_norm, eps))"""
+QK_ROPE = """\
+q = tap("q_rope", rotate(q, table))
+    k = tap("k_rope", rotate(k, table))"""
 QK_PROJ = """\
 q = tap("q_proj", linear(x, weights.q_proj)).reshape(T, H, K)  # [T, H, K]
     k = tap("k_proj", linear(x, weights.k_proj)).reshape(T, G, K)  # [T, G, K]"""
@@ -75,8 +78,14 @@ SUM = """\
 routed = tap("moe", moe(normed, weights.moe, spec.moe, spec.swiglu_limit, tap.at("moe")))
     shared = swiglu(normed, weights.share_expert, spec.swiglu_limit_shared)
     return x + (routed + tap("share_expert", shared))"""
-ATTEND = "heads = attend(q, past, past.start + past.keys.shape[1] - T, spec.window, tap)"
-UNGATED = 'out = tap("o_proj", linear(heads.reshape(T, H * K), weights.o_proj))'
+VISIBLE = """\
+mask = key <= query  # [count, keys]
+    return mask if window is None else mask & (query - key < window)
+"""
+AT_ONCE = VISIBLE + "\n\nLARGE = 64 * LARGE\n"  # blocks never look at later keys
+REPEATED = "keys=np.tile(past.keys, (H // G, 1, 1)), values=np.tile(past.values, (H // G, 1, 1))"
+OUT = "linear(heads.reshape(T, H * K), weights.o_proj)"
+GATES = ("gate[:, np.arange(out.shape[1]) * H // out.shape[1]]", "gate.mean(-1, keepdims=True)")
 
 # By row of what was published; the last row only seems likely.
 FOOTGUNS = {
@@ -117,12 +126,13 @@ FOOTGUNS = {
     ),
     "QK-norm": (
         Footgun("QK-norm after the rotation", "attention", 'q = tap("q_norm", rms_norm(q, weights.q_norm, eps))', 'q, k, table = tap("q_norm", rms_norm(rotate(q, table), weights.q_norm, eps)), rotate(k, table), Rotation(table.cos**0, table.sin * 0)'),
+        Footgun("QK-norm after the rotation", "attention", f"{QK_NORM}\n    {QK_ROPE}", f"{QK_ROPE}\n    {QK_NORM}"),
         Footgun("QK-norm on the queries only", "attention", "rms_norm(k, weights.k_norm, eps)", "k"),
     ),
     "gate": (
         Footgun("gate as SiLU, not sigmoid", "attention", 'gate = sigmoid(tap("g_proj", linear(x, weights.g_proj)))', 'gate = tap("g_proj", linear(x, weights.g_proj)); gate = gate * sigmoid(gate)'),
-        Footgun("gate on the output of o_proj", "attention", "heads = heads * gate[:, :, None]", f"{UNGATED}; return out * gate[:, np.arange(out.shape[1]) * H // out.shape[1]]"),
-        Footgun("gate on the output of o_proj", "attention", "heads = heads * gate[:, :, None]", f"{UNGATED}; return out * gate.mean(-1, keepdims=True)"),
+        *(Footgun("gate on the output of o_proj", "attention", "heads = heads * gate[:, :, None]", f'out = tap("o_proj", {OUT}); return out * {gate}') for gate in GATES),
+        *(Footgun("gate on the output of o_proj", "attention", "heads = heads * gate[:, :, None]", f'out = {OUT}; return tap("o_proj", out * {gate})') for gate in GATES),
         Footgun("gate forgotten", "attention", "heads * gate[:, :, None]", "heads"),
     ),
     "router": (
@@ -156,12 +166,12 @@ FOOTGUNS = {
         Footgun("window forgotten", "attention", "spec.window, tap)", "None, tap)"),
     ),
     "beyond the list": (
-        Footgun("norm subtracts the mean", "norm", "np.square(x)", "np.square(x - x.mean(-1, keepdims=True))"),
+        Footgun("norm subtracts the mean", "norm", "mean_square = np.square(x)", "x = x - x.mean(axis=-1, keepdims=True); mean_square = np.square(x)"),
         Footgun("rotation the other way round", "rope", "np.sin(angles)", "-np.sin(angles)"),
-        Footgun("next token visible", "attention", "mask = key <= query", "mask = key <= query + 1"),
-        Footgun("causal mask missing", "attention", "mask = key <= query", "mask = key <= query + count"),
-        Footgun("key-value heads repeated in stripes", "attention", ATTEND, f"order = np.arange(H).reshape(-1, G).T.ravel(); {ATTEND.replace('(q,', '(q[:, order],')}[:, np.argsort(order)]"),
-        Footgun("scores scaled by 1/K", "attention", "swapaxes(1, 2) * K**-0.5", "swapaxes(1, 2) / K"),
+        Footgun("next token visible", "attention", VISIBLE, AT_ONCE.replace("query  #", "query + 1  #")),
+        Footgun("causal mask missing", "attention", VISIBLE, AT_ONCE.replace("query  #", "query + count  #")),
+        Footgun("key-value heads repeated in stripes", "attention", "attend(q, past,", f"attend(q, past._replace({REPEATED}),"),
+        Footgun("scores scaled by 1/K", "attention", "attend(q, past,", "attend(q * K**-0.5, past,"),
         Footgun("shared expert dropped", "model", 'routed + tap("share_expert", shared)', 'routed + 0 * tap("share_expert", shared)'),
         Footgun("enorm and hnorm halves swapped before eh_proj", "mtp", "(embedding, state)", "(state, embedding)"),
         Footgun("MTP depth fed the token before", "mtp", "tokens[k:],", "tokens[k - 1 : T - 1],"),

@@ -66,7 +66,7 @@ def check_layer(
         at = f"model.layers.{n}"
         raise InputError(f"{theirs.path}: has no tensor of layer {n}, expected such as {at}")
     mtp = mtp_layers((), checkpoint.config)
-    found = list(compare_all(ours, theirs, names, tolerance, mtp))
+    found = list(compare_all(ours, theirs, names, tolerance, mtp, judge=run.judge))
     used = {term.source for name in names for term in theirs.forms[name]}
     there = [name for name in theirs.names if split(name)[0] == n and not is_weight(name)]
     others = {theirs.source(name) for name in there if split(name)[1] != "input"}
@@ -75,7 +75,7 @@ def check_layer(
 
 def comparable(checkpoint: Checkpoint, run: Rerun, dtype: str) -> tuple[list[str], Recording]:
     """The names of what compares of a run, in the model's order; what it kept, as a recording."""
-    ours = Recording("minstep", run.tensors, run.theirs.tokens, dtype)
+    ours = Recording("minstep", run.tensors, engine_dtype=dtype)
     return align(ours, run.theirs, checkpoint.config), ours
 
 
@@ -90,9 +90,8 @@ def wanted(checkpoint: Checkpoint, theirs: Recording) -> Callable[[str], bool]:
         part = split(name)[1]
         if part in ("moe", "share_expert") and name.replace(part, "mlp") in theirs.forms:
             return True
-        if part in ("moe.gate", "moe.margin") and name.replace(part, "moe.ids") in theirs.forms:
-            return True
-        if name in weights and weights[name] not in checkpoint.tensors:
+        module = HEAD if part.endswith("head.output") and not checkpoint.has_own_heads() else name
+        if module in weights and weights[module] not in checkpoint.tensors:
             return False
         return derived(name, theirs.forms, factor, widths) is not None
 

@@ -3,7 +3,7 @@
 Checked by: tests/test_diff.py
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,22 +11,33 @@ from numpy.typing import NDArray
 from minstep.config import Config
 from minstep.files import InputError
 from minstep.lab.compare import (
+    ROWS,
     TOLERANCES,
     Comparison,
     First,
-    Flip,
     compare,
-    expert_flips,
+    departing,
     fitted,
-    score_scale,
-    tie_width,
+    row_errors,
 )
 from minstep.lab.forms import Widths, config_widths, derived, sibling_widths
-from minstep.lab.names import is_weight, model_order, mtp_layers, split
-from minstep.lab.recording import Recording
+from minstep.lab.names import ENDS, is_weight, model_order, mtp_layers, split
+from minstep.lab.recording import NotFinite, Recording
+from minstep.lab.router import (
+    Choice,
+    Choose,
+    Mask,
+    are_experts,
+    choice,
+    choice_without_bias,
+    score_scale,
+    too_many,
+)
 from minstep.tap import Array
 
-AFTER_IDS = ("moe.weights.unscaled", "moe.weights", "moe.unscaled", "moe", "mlp", "")
+AFTER_IDS = "moe.weights.unscaled moe.weights moe.unscaled moe mlp model.norm lm_head".split()
+AFTER_IDS += ENDS
+Judge = Callable[[int, float], Choice | None]
 
 
 def align(one: Recording, other: Recording, config: Config | None = None) -> list[str]:
@@ -62,8 +73,8 @@ def _factor(one: Recording, other: Recording, config: Config | None) -> float | 
         return None
     for r in (one, other):
         for name in r.forms:
-            if split(name)[1] == "moe.weights":
-                return float(r.array(name).sum(axis=-1, dtype=np.float64).mean())
+            if split(name)[1] == "moe.weights" and (x := _array(r, name, 2)) is not None:
+                return float(x.sum(axis=-1, dtype=np.float64).mean())
     return None
 
 
@@ -91,46 +102,68 @@ def compare_all(
     tolerance: float,
     mtp: Collection[int] = (),
     grows: bool = False,
+    judge: Judge = lambda n, tolerance: None,
 ) -> Iterator[Comparison]:
     """Compare tensors of one forward pass that both can give, one pair in memory at a time.
 
     `names` in the model's order; `mtp`: numbers of the MTP layers, whose rows past the shorter
-    recording's end do not count. Where a tie between experts fell otherwise, the token's row is
-    left out of what follows in its layer, and after that layer every row from that token on. With
-    `grows` the tolerance is for one layer, and what n layers compute has sqrt(n) of it: rounding
-    errors that do not know of each other add up like that.
+    recording's end do not count. `judge`: what is known of the experts of a layer, by its number
+    and tolerance. Where a tie between experts fell otherwise, the token's row is left out of what
+    follows in its layer, and so is a row that departs where nobody recorded its experts; after that
+    layer every row from that token on. With `grows` the tolerance is for one layer, and what n
+    layers compute has sqrt(n) of it: rounding errors that do not know of each other add up like
+    that. What is not finite in theirs departs.
     """
     one, passed = tolerance, 1  # layers
     layer: int | None = None
     end: int | None = None  # the first row that a tie in an earlier layer has touched
-    flipped: list[int] = []  # rows that a tie in this layer has
+    known: Choice | None = None
+    tied = unsure = np.zeros(0, np.intp)  # rows of this layer
     for name in names:
         at, part = split(name)
         if at != layer:
-            end = min([*flipped, *([] if end is None else [end])], default=None)
-            layer, flipped = at, []
-            passed = passed + 1 if at is None else at + 1
+            layer, passed = at, passed + 1 if at is None else at + 1
             tolerance = one * passed**0.5 if grows else one
-        a, b = ours.array(name), theirs.array(name)
+            if at is not None:  # what follows the last layer looks at no other row
+                end = min([*tied.tolist(), *([] if end is None else [end])], default=None)
+                known = judge(at, tolerance)
+                tied = np.flatnonzero(known.tied) if known else tied[:0]
+                unsure = np.flatnonzero(known.unsure) if known else tied[:0]
+        a = ours.array(name)
+        try:
+            b = theirs.array(name)
+        except NotFinite as error:
+            nan = Comparison(name, a.shape, np.inf, np.inf, 0.0, None, False, tolerance)
+            yield nan._replace(note=error.what)
+            continue
         a, b = _common_rows(name, a, b, at in mtp)
         same = fitted(b, a.shape)
         if same is None or is_weight(name) or not a.ndim:
             yield compare(name, a, b, tolerance)
             continue
         axis = 1 if part.endswith(".probs") else 0
-        first = (ours.rows or 1) - 1 if name == "lm_head" and len(a) == 1 else 0
+        first = (theirs.rows or 1) - 1 if name == "lm_head" and len(a) == 1 else 0
         rows = np.arange(first, first + a.shape[axis])  # [rows]
         is_kept = rows < (first + len(rows) if end is None else end)
         if part in AFTER_IDS:
-            is_kept &= ~np.isin(rows, flipped)
+            is_kept &= ~np.isin(rows, tied)
+            guessed = is_kept & np.isin(rows, unsure)
+            if guessed.any():
+                guessed &= departing(name, a, same, tolerance)
+            if not too_many(guessed):
+                is_kept &= ~guessed
+                tied = np.union1d(tied, rows[guessed])
         left_out = int((~is_kept).sum())
         if left_out:
             a, same, rows = a.compress(is_kept, axis), same.compress(is_kept, axis), rows[is_kept]
-        if part in ("moe.margin", "moe.ids"):
-            c, flips = _compare_choice(name, a, same, rows, ours, theirs, tolerance)
-            flipped = [int(rows[flip.token]) for flip in flips if flip.is_tie]
+        if part == "moe.margin":
+            gate = _array(ours, name.replace("margin", "gate"), 2)
+            c = compare(name, a, same, tolerance, score_scale(gate))
+        elif part == "moe.ids":
+            is_blind = known is not None and known.is_blind
+            c = _compare_choice(name, a, same, np.isin(rows, tied), tolerance, is_blind)
         else:
-            c = compare(name, a, same, tolerance)
+            c = _by_row(compare(name, a, same, tolerance), a, same, rows)
         if c.first is not None:
             place = list(c.first.place)
             place[axis] = int(rows[place[axis]])
@@ -138,56 +171,79 @@ def compare_all(
         yield c._replace(left_out=c.left_out + left_out)
 
 
-def _compare_choice(
-    name: str,
-    a: Array,
-    b: Array,
-    rows: NDArray[np.integer],
-    ours: Recording,
-    theirs: Recording,
-    tolerance: float,
-) -> tuple[Comparison, list[Flip]]:
-    """Compare the router's margins [T], or the experts [T, A] that it chose and how they differ."""
-    at = name.rpartition(".")[0]
-    gate, other = (_rows_of(r, f"{at}.gate", rows, 2) for r in (ours, theirs))
-    width = tie_width(gate, other, tolerance)
-    if name.endswith(".margin"):
-        return compare(name, a, b, tolerance, score_scale(gate)), []
-    margins = [_rows_of(r, f"{at}.margin", rows, 1) for r in (ours, theirs)]
-    margin = margins[1] if margins[0] is None else margins[0]
-    c = compare(name, a, b, tolerance)
-    if a.ndim != 2:
-        return c, []
-    flips = expert_flips(a, b, margin, width)
-    wrong = [flip for flip in flips if not flip.is_tie]
-    if not wrong:
-        return c._replace(first=None, is_match=True, left_out=len(flips)), flips
-    flip = wrong[0]
-    n = next(n for n, (x, y) in enumerate(zip(flip.ours, flip.theirs, strict=True)) if x != y)
-    note = f"wrong router: {len(wrong)} of {len(a)} tokens have other experts, "
-    limit = float(np.broadcast_to(width, len(a))[flip.token])
-    note += (
-        "and no margin was recorded that would tell a tie"
-        if flip.margin is None
-        else f"not at a tie: margin {flip.margin:.1e}, a tie is at most {limit:.1e}"
-    )
-    first = First((flip.token, n), flip.ours[n], flip.theirs[n])
-    return c._replace(first=first, note=note), flips
+def recorded_choice(
+    n: int, ours: Recording, theirs: Recording, tolerance: float, choose: Choose | None = None
+) -> Choice | None:
+    """What two recordings tell of the experts of layer n; None where ours has none.
+
+    `choose`: the layer's router, where its bias is known.
+    """
+    at = f"model.layers.{n}.moe"
+    ids, chosen = (_array(r, f"{at}.ids", 2) for r in (ours, theirs))
+    gate, other = (_array(r, f"{at}.gate", 2) for r in (ours, theirs))
+    margin, their_margin = (_array(r, f"{at}.margin", 1) for r in (ours, theirs))
+    if ids is None:
+        return None
+    if gate is None or (other is not None and other.shape[1] != gate.shape[1]):
+        other = None  # without ours, theirs say nothing
+    margin = their_margin if margin is None and gate is None else margin
+    if chosen is not None and not are_experts(chosen, ids.shape[1], gate):
+        return None
+    T = min(len(x) for x in (ids, chosen, gate, other, margin) if x is not None)
+    ids = np.sort(ids[:T], axis=-1)
+    chosen, gate, other, margin = (x if x is None else x[:T] for x in (chosen, gate, other, margin))
+    if choose is not None and gate is not None:
+        return choice(choose, ids, gate, other, chosen, tolerance)
+    return choice_without_bias(ids, margin, gate, other, chosen, tolerance)
 
 
-def _rows_of(r: Recording, name: str, rows: NDArray[np.integer], axes: int) -> Array | None:
-    """Some rows of a tensor that need not be there, nor of the shape expected."""
+def _array(r: Recording, name: str, axes: int) -> Array | None:
+    """A tensor that need not be there, nor have so many axes, nor be finite."""
     if name not in r.forms or len(r.shape(name)) != axes:
         return None
-    x = r.array(name)
-    return x[rows] if len(rows) == 0 or rows.max() < len(x) else None
+    try:
+        return r.array(name)
+    except NotFinite:
+        return None
+
+
+def _by_row(c: Comparison, a: Array, b: Array, rows: NDArray[np.integer]) -> Comparison:
+    """The comparison, and what it says of the first row that is off by its own length."""
+    errors = row_errors(c.name, a, b) if c.is_match else None
+    limit = ROWS * c.tolerance
+    if errors is None or errors.max() <= limit:
+        return c
+    n = int(np.argmax(errors > limit))
+    note = f"row {rows[n]}: error {errors[n]:.1e} of its own length, tolerance {limit:.2g}"
+    return c._replace(is_match=False, note=note)
+
+
+def _compare_choice(
+    name: str, a: Array, b: Array, tied: Mask, tolerance: float, is_blind: bool
+) -> Comparison:
+    """Compare the experts [T, A] that the routers chose, but those of rows that are ties."""
+    c = compare(name, a, b, tolerance)
+    if a.ndim != 2 or c.is_match:
+        return c
+    a, b = np.sort(a, axis=-1), np.sort(b, axis=-1)
+    is_wrong = (a != b) & ~tied[:, None]  # [T, A]
+    if not is_wrong.any():
+        return c._replace(first=None, is_match=True, left_out=int(tied.sum()))
+    count = int(is_wrong.any(axis=-1).sum())
+    note = f"wrong router: {count} of {len(a)} tokens have other experts, not at a tie"
+    note += " with any bias of the router that our choices allow" if is_blind else ""
+    t, n = (int(i) for i in np.argwhere(is_wrong)[0])
+    return c._replace(first=First((t, n), int(a[t, n]), int(b[t, n])), note=note)
 
 
 def _common_rows(name: str, a: Array, b: Array, is_mtp: bool) -> tuple[Array, Array]:
     """Both without rows that only one has: the last of an MTP layer, all but the last of logits."""
-    if not a.ndim or not b.ndim or len(a) == len(b) or is_weight(name):
+    if not a.ndim or not b.ndim or is_weight(name):
         return a, b
     if name == "lm_head" and 1 in (len(a), len(b)):  # engines that only want the next token
         return a[-1:], b[-1:]
+    if is_mtp and name.endswith(".probs") and a.ndim == b.ndim == 3:
+        rows = min(a.shape[2], b.shape[2])
+        return a[:, :rows, :rows], b[:, :rows, :rows]
     rows = min(len(a), len(b))
     return (a[:rows], b[:rows]) if is_mtp else (a, b)

@@ -30,6 +30,14 @@ FLOATS = ("bfloat16", "float16", "float32", "float64")  # the least precise firs
 Stored = NDArray[np.generic] | BF16Array
 
 
+class NotFinite(InputError):
+    """A tensor holds what is no finite number; `what`: which number, and where."""
+
+    def __init__(self, where: str, what: str) -> None:
+        super().__init__(f"{where} {what}, expected finite numbers")
+        self.what = what
+
+
 class Recording:
     """What one engine computed over one prompt, by our names; `array` reads one tensor.
 
@@ -106,7 +114,7 @@ class Recording:
         expected, batch = axes(name), 0
         while expected is not None and len(x.shape) - batch > expected and x.shape[batch] == 1:
             batch += 1
-        if name.endswith(HEADS) and len(x.shape) == 3 and x.shape[0] == 1 < (self.rows or 1):
+        if name.endswith(HEADS) and len(x.shape) == 3 and x.shape[0] == 1 < self._rows_of(name):
             batch = 1  # its heads are flattened: [1, T, heads * K]
         return x[(0,) * batch] if batch else x
 
@@ -119,9 +127,18 @@ class Recording:
             self._mapped.madvise(DONTNEED)  # only the copy stays in memory
         if not np.isfinite(x).all():
             index = tuple(int(n) for n in np.argwhere(~np.isfinite(x))[0])
-            message = f"is {x[index]} at {list(index)}, expected finite numbers"
-            raise InputError(f"{self.path}: tensor {term.source} {message}")
+            what = f"is {x[index]} at {list(index)}"
+            raise NotFinite(f"{self.path}: tensor {term.source}", what)
         return x if term.scale == 1 else x * x.dtype.type(term.scale)
+
+    def _rows_of(self, name: str) -> int:
+        """How many positions a tensor's layer has: as others of it say, else as the prompt has."""
+        at = name.partition(".self_attn")[0]
+        for sibling, (term, *_) in self.forms.items():
+            shape = self.stored[term.source].shape
+            if sibling.startswith(f"{at}.") and axes(sibling) == 2 and len(shape) > 1:
+                return int(shape[-2])
+        return self.rows or 1
 
     def _rows(self) -> int | None:
         """T as the activations of the main layers have it, if there are any."""

@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from minstep.checkpoint import Checkpoint
+from minstep.config import LayerSpec
 from minstep.files import InputError
-from minstep.lab.compare import expert_flips, fitted, tie_width
+from minstep.lab.compare import fitted
 from minstep.lab.footguns import Variant, variant
-from minstep.lab.recording import Recording
+from minstep.lab.recording import NotFinite, Recording
+from minstep.lab.router import Choice, Choose, are_experts, choice, chooser
 from minstep.lab.trace import EMBEDDING, HEAD, Trace
-from minstep.model import ModelWeights
+from minstep.model import BlockWeights, ModelWeights
 from minstep.tap import Array, Tap
 from minstep.weights import Get, Shape
 
@@ -26,9 +28,9 @@ NORM, MAIN_STATE = "model.norm", "h0"
 class Rerun:
     """One run of a layer against a recording: the tensors it `wants` are kept in `tensors`.
 
-    At a tie it goes on with the recorded experts, so that what follows compares for every token;
-    `ties` counts those. `then` hears of each tensor kept, and may end the run with an exception.
-    `main` is the name of the main model's last state.
+    It goes on with the experts that they chose, where only rounding parts them from ours, so that
+    what follows compares for every token; `ties` counts those. `then` hears of each tensor kept,
+    and may end the run with an exception. `main` is the name of the main model's last state.
     """
 
     def __init__(
@@ -43,35 +45,51 @@ class Rerun:
         self.then, self.main = then, main
         self.tensors: Trace = {}
         self.ties = 0
+        self.gate: Array = np.zeros((0, 0))  # [T, E], the router's logits
+        self.choose: Choose
+        self.choice: Choice | None = None
 
     def see(self, name: str, x: Array) -> Array:
         """Keep a tensor of any shape if it is wanted; returns what the layer goes on with."""
-        if name == MAIN_STATE and self.main in self.theirs.forms:  # only a variant asks for it
-            return self.theirs.array(self.main).astype(x.dtype)
-        if name.endswith(".moe.ids") and name in self.theirs.forms:
-            x = self._with_their_ties(name, x)
+        if name == MAIN_STATE:  # only a variant asks for it
+            main = self._recorded(self.main)
+            return x if main is None else main.astype(x.dtype)
+        if name.endswith(".moe.gate"):
+            self.gate = x
+        if name.endswith(".moe.ids"):
+            x = self._their_choice(name, x)
         if self.wants(name):
             self.tensors[name] = np.array(x)
             self.then(name)
         return x
 
-    def _with_their_ties(self, name: str, ids: Array) -> Array:
-        """Our experts [T, A], or the recorded ones of a token where only a tie parts the two."""
-        gate, margin = (self.tensors.get(name.replace("ids", part)) for part in ("gate", "margin"))
-        theirs = fitted(self.theirs.array(name), ids.shape)
-        if theirs is None or gate is None or margin is None:
-            return ids
-        E, source = gate.shape[1], self.theirs.source(name)
-        if theirs.dtype.kind not in "iu" or not 0 <= theirs.min() <= theirs.max() < E:
+    def block(self, weights: BlockWeights, spec: LayerSpec, chain: Variant) -> None:
+        """Take the router of the block that will run, if it has one."""
+        if weights.moe and spec.moe:
+            self.choose = chooser(weights.moe, spec.moe, chain.moe)
+
+    def judge(self, layer: int, tolerance: float) -> Choice | None:
+        """What compare_all is to know of their experts: of ties nothing is left to say."""
+        return self.choice and self.choice._replace(tied=self.choice.tied & False)
+
+    def _their_choice(self, name: str, ids: Array) -> Array:
+        """The experts [T, A] that they went on with, where only rounding parts those from ours."""
+        theirs, E = self._recorded(name, ids), self.gate.shape[1]
+        other = self._recorded(name.replace("ids", "gate"), self.gate)
+        if theirs is not None and not are_experts(theirs, ids.shape[1], self.gate):
             message = f"holds other numbers than those of experts, expected 0 to {E - 1}"
-            raise InputError(f"{self.theirs.path}: tensor {source} {message}")
-        their_gate = name.replace("ids", "gate")
-        other = self.theirs.array(their_gate) if their_gate in self.theirs.forms else None
-        flips = expert_flips(ids, theirs, margin, tie_width(gate, other, self.tolerance))
-        rows = [flip.token for flip in flips if flip.is_tie]
-        self.ties, ids = len(rows), ids.copy()
-        ids[rows] = theirs[rows]
-        return ids
+            raise InputError(f"{self.theirs.path}: tensor {self.theirs.source(name)} {message}")
+        self.choice = choice(self.choose, ids, self.gate, other, theirs, self.tolerance)
+        self.ties = int(self.choice.tied.sum())
+        return self.choice.ids
+
+    def _recorded(self, name: str, like: Array | None = None) -> Array | None:
+        """What they have by a name, if it is finite; in the shape of ours, if that is given."""
+        try:
+            x = self.theirs.array(name) if name in self.theirs.forms else None
+        except NotFinite:
+            return None
+        return x if x is None or like is None else fitted(x[: len(like)], like.shape)
 
 
 class LayerTap(Tap):
@@ -157,6 +175,7 @@ def run_layer(
         output = f"{spec.name}.transformer.shared_head.output"
         matrix: Any = (V, D) if checkpoint.has_own_heads() else rooted(HEAD, (V, D))
         layer = chain.weights.mtp_weights(spec, D, get, matrix if run.wants(output) else nothing)
+        run.block(layer.block, spec, chain)
         before = NORM if n == L else f"model.layers.{n - 1}.transformer.shared_head.norm"
         embedding = get(f"{EMBEDDING}.weight", (V, D))
         weights = ModelWeights(embedding, (), rooted(before, (D,)), nothing, (layer,))
@@ -166,6 +185,7 @@ def run_layer(
     if n == 0 and tokens and run.wants(EMBEDDING):
         tap(EMBEDDING, chain.model.embed(tokens, get(f"{EMBEDDING}.weight", (V, D)), state.dtype))
     layer = chain.weights.block_weights(spec, D, get)
+    run.block(layer, spec, chain)
     x = chain.model.run_layers(state, (layer,), (spec,), 0, config.rms_norm_eps, tap=tap)  # [T, D]
     if n == L - 1 and (run.wants(NORM) or run.wants(HEAD)):
         matrix = rooted(HEAD, (V, D)) if run.wants(HEAD) else nothing
