@@ -265,6 +265,33 @@ def test_a_bug_is_found_at_its_first_tensor_and_named(
     assert ran.out.splitlines()[-1] == f"mismatch: layer {layer} of 1 layer checked"
 
 
+def test_a_fused_projection_with_too_few_query_heads_is_named(check: Check) -> None:
+    bug = next(footgun for footgun in ALL if footgun.bug.startswith("head count of full layers"))
+    trace = hooked(traced(TINY, bug))
+    at = "model.layers.6.self_attn"
+    parts = [trace.pop(f"{at}.{proj}_proj") for proj in "qkv"]
+    trace[f"{at}.qkv_proj"] = np.concatenate(parts, axis=-1)
+    ran = check(trace, "--layer", 6)
+    assert ran.code == 1
+    departs, *lines = said(ran, 6)
+    assert departs.startswith(f"departs first at {at}.q_proj: shape [37, 96] against [37, 64]")
+    assert lines == [f"looks like: {bug.bug} (minstep/config.py)"]
+
+
+def test_where_nothing_could_be_compared_there_is_no_verdict(
+    tiny: Trace, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = minstep.lab.layer.compare_all
+
+    def emptied(*arguments: Any, **how: Any) -> Any:
+        for row in real(*arguments, **how):
+            yield row._replace(shape=(0, *row.shape[1:]), left_out=3)
+
+    monkeypatch.setattr("minstep.lab.layer.compare_all", emptied)
+    ran = check(tiny, "--layer", 3)
+    assert ran.out.splitlines()[-1].startswith("no verdict: 1 layer, of which no tensor")
+
+
 def test_a_bug_that_shows_in_every_layer_is_tried_first_on_the_next(
     check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:

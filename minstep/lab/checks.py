@@ -154,7 +154,12 @@ def _verdict(checks: Checks) -> str:
         return f"mismatch: layer{several} {_ranges(departing)} of {count} checked"
     tolerance = checks.layers[0].tolerance
     at = f"worst {worst.max_error:.1e} at {worst.name}"
-    return f"match: {count}, {len(checks.rows)} tensors within {tolerance:g} ({at})"
+    compared = [row for row in checks.rows if not row.is_empty]
+    if not compared:
+        return f"no verdict: {count}, of which no tensor could be compared"
+    empty = len(checks.rows) - len(compared)
+    more = f"; {empty} not compared" if empty else ""
+    return f"match: {count}, {len(compared)} tensors within {tolerance:g} ({at}){more}"
 
 
 def checks_json(checks: Checks) -> dict[str, Any]:

@@ -71,9 +71,9 @@ def derived(
         return routed + shared if routed and shared else None
     proj = part.removeprefix("self_attn.").removesuffix(".weight")
     if proj in PROJECTIONS and layer in widths:
-        fused, (q, k) = forms.get(name.replace(proj, "qkv_proj")), widths[layer]
-        ends = (0, q, q + k, q + 2 * k)
-        start, stop = ends[PROJECTIONS.index(proj) :][:2]
+        fused, (_, k) = forms.get(name.replace(proj, "qkv_proj")), widths[layer]
+        n = PROJECTIONS.index(proj)
+        start, stop = (0, -2 * k, -k)[n], (-2 * k, -k, None)[n]  # it may have other query heads
         return fused and (fused[0]._replace(start=start, stop=stop, axis=outputs(name)),)
     return None
 

@@ -107,7 +107,7 @@ class Recording:
     def _part(self, name: str, term: Term) -> Stored:
         """What a term takes of a stored tensor, without batch axes; nothing is read."""
         x = self.stored[term.source]
-        if term.stop is not None and len(x.shape) >= -term.axis:
+        if (term.start, term.stop) != (0, None) and len(x.shape) >= -term.axis:
             kept: list[Any] = [slice(None)] * len(x.shape)
             kept[term.axis] = slice(term.start, term.stop)
             x = x[tuple(kept)]
