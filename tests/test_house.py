@@ -14,7 +14,7 @@ ORDER = (
     "files keys quantization native config configs header tap parallel pages linear "
     "activations norm rope bf16 fp8 cache attention mlp moe model sampling mtp generate "
     "weights save checkpoint toolcalls reply chat tokenizer continuation terminal "
-    "conversation lab.inspect lab.trace lab.shards lab.names lab.forms lab.recording "
+    "conversation lab.names lab.inspect lab.trace lab.shards lab.forms lab.recording "
     "lab.parts lab.choice lab.record lab.compare lab.router lab.pairs lab.footguns lab.rerun "
     "lab.layer lab.explain lab.diff lab.checks lab.bench lab.figures arguments commands "
     "lab.commands lab.flags cli __main__"

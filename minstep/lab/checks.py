@@ -17,7 +17,7 @@ from minstep.lab.diff import Report, describe, diff_table, row_json
 from minstep.lab.explain import ALL, explain, looks_like
 from minstep.lab.footguns import Footgun
 from minstep.lab.layer import Checked, check_layer
-from minstep.lab.names import is_weight, split
+from minstep.lab.names import is_weight, spans, split
 from minstep.lab.recording import NotFinite, Recording
 from minstep.lab.rerun import input_names
 from minstep.lab.trace import EMBEDDING
@@ -74,7 +74,9 @@ def checkable(checkpoint: Checkpoint, theirs: Recording) -> tuple[list[int], dic
         else:
             skipped.setdefault(reason, []).append(n)
     if not numbers:
-        said = "; ".join(f"layers {_ranges(which)}: {why}" for why, which in skipped.items())
+        said = "; ".join(
+            f"layers {','.join(spans(which))}: {why}" for why, which in skipped.items()
+        )
         raise InputError(f"{theirs.path}: no layer can be checked: {said}")
     return numbers, skipped
 
@@ -130,7 +132,7 @@ def checks_table(checks: Checks) -> str:
     """A line for each tensor, then what is to be said of layers; the last line is the verdict."""
     lines = [diff_table(Report(checks.theirs, checks.theirs, 0.0, checks.rows, [], []))]
     for why, which in checks.skipped.items():
-        lines.append(f"not checked: layers {_ranges(which)}, since {why}")
+        lines.append(f"not checked: layers {','.join(spans(which))}, since {why}")
     for checked in checks.layers:
         at = f"layer {checked.layer}"
         if checked.others:
@@ -151,7 +153,7 @@ def _verdict(checks: Checks) -> str:
     count = f"{len(checks.layers)} layer{'s' if len(checks.layers) > 1 else ''}"
     if departing:
         several = "s" if len(departing) > 1 else ""
-        return f"mismatch: layer{several} {_ranges(departing)} of {count} checked"
+        return f"mismatch: layer{several} {','.join(spans(departing))} of {count} checked"
     tolerance = checks.layers[0].tolerance
     at = f"worst {worst.max_error:.1e} at {worst.name}"
     compared = [row for row in checks.rows if not row.is_empty]
@@ -179,11 +181,3 @@ def checks_json(checks: Checks) -> dict[str, Any]:
         for checked in checks.layers
     ]
     return {"match": checks.is_match, "layers": layers, "skipped": checks.skipped}
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 5 -> 0-2,5."""
-    starts = [n for n in numbers if n - 1 not in numbers]
-    ends = [n for n in numbers if n + 1 not in numbers]
-    pairs = zip(starts, ends, strict=True)
-    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in pairs)

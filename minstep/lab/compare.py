@@ -1,4 +1,4 @@
-"""One pair of tensors -> how far they depart and whether that is rounding; then whole recordings.
+"""One pair of tensors -> how far they depart, and whether that is rounding.
 
 Checked by: tests/test_compare.py
 """

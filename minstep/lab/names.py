@@ -66,6 +66,13 @@ def split(name: str) -> tuple[int | None, str]:
     return (int(found[1]), found[2] or "") if found else (None, name)
 
 
+def spans(numbers: Collection[int]) -> list[str]:
+    """Layer numbers in increasing order as runs: `0-2`, `5` of 0, 1, 2, 5."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
+
+
 def sums_experts(sources: Collection[str]) -> bool:
     """Whether a file's names are vLLM's, whose module `moe` adds the shared expert itself."""
     return any(VLLM.search(source) for source in sources)

@@ -73,7 +73,7 @@ def _factor(one: Recording, other: Recording, config: Config | None) -> float | 
         return None
     for r in (one, other):
         for name in r.forms:
-            if split(name)[1] == "moe.weights" and (x := _array(r, name, 2)) is not None:
+            if split(name)[1] == "moe.weights" and (x := r.if_any(name, 2)) is not None:
                 return float(x.sum(axis=-1, dtype=np.float64).mean())
     return None
 
@@ -157,7 +157,7 @@ def compare_all(
         if left_out:
             a, same, rows = a.compress(is_kept, axis), same.compress(is_kept, axis), rows[is_kept]
         if part == "moe.margin":
-            gate = _array(ours, name.replace("margin", "gate"), 2)
+            gate = ours.if_any(name.replace("margin", "gate"), 2)
             c = compare(name, a, same, tolerance, score_scale(gate))
         elif part == "moe.ids":
             is_blind = known is not None and known.is_blind
@@ -179,9 +179,9 @@ def recorded_choice(
     `choose`: the layer's router, where its bias is known.
     """
     at = f"model.layers.{n}.moe"
-    ids, chosen = (_array(r, f"{at}.ids", 2) for r in (ours, theirs))
-    gate, other = (_array(r, f"{at}.gate", 2) for r in (ours, theirs))
-    margin, their_margin = (_array(r, f"{at}.margin", 1) for r in (ours, theirs))
+    ids, chosen = (r.if_any(f"{at}.ids", 2) for r in (ours, theirs))
+    gate, other = (r.if_any(f"{at}.gate", 2) for r in (ours, theirs))
+    margin, their_margin = (r.if_any(f"{at}.margin", 1) for r in (ours, theirs))
     if ids is None:
         return None
     if gate is None or (other is not None and other.shape[1] != gate.shape[1]):
@@ -195,16 +195,6 @@ def recorded_choice(
     if choose is not None and gate is not None:
         return choice(choose, ids, gate, other, chosen, tolerance)
     return choice_without_bias(ids, margin, gate, other, chosen, tolerance)
-
-
-def _array(r: Recording, name: str, axes: int) -> Array | None:
-    """A tensor that need not be there, nor have so many axes, nor be finite."""
-    if name not in r.forms or len(r.shape(name)) != axes:
-        return None
-    try:
-        return r.array(name)
-    except NotFinite:
-        return None
 
 
 def _by_row(c: Comparison, a: Array, b: Array, rows: NDArray[np.integer]) -> Comparison:

@@ -7,7 +7,6 @@ Checked by: tests/test_recording.py
 
 import json
 import math
-import mmap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from minstep.files import InputError
 from minstep.header import read_header
 from minstep.lab.forms import Term, stored_forms
 from minstep.lab.names import HEADS, axes, in_model_order, mtp_layers, split
-from minstep.pages import DONTNEED
+from minstep.lab.trace import flaw
+from minstep.pages import DONTNEED, Map, Pages
 from minstep.tap import Array
 
 STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"}
@@ -52,7 +52,7 @@ class Recording:
         stored: Mapping[str, Stored],
         tokens: list[int] | None = None,
         engine_dtype: str | None = None,
-        mapped: mmap.mmap | None = None,
+        mapped: Map | None = None,
     ) -> None:
         self.path, self.stored, self.tokens, self._mapped = path, stored, tokens, mapped
         self.forms = stored_forms(path, {name: x.shape for name, x in stored.items()})
@@ -99,6 +99,15 @@ class Recording:
             x = np.take_along_axis(x, order, axis=-1)
         return x
 
+    def if_any(self, name: str, axes: int | None = None) -> Array | None:
+        """The tensor; None where it is not there, is not finite, or has not so many axes."""
+        if name not in self.forms or axes not in (None, len(self.shape(name))):
+            return None
+        try:
+            return self.array(name)
+        except NotFinite:
+            return None
+
     def _check_shape(self, what: str, one: tuple[int, ...], other: tuple[int, ...]) -> None:
         if one != other:
             message = f"has parts of shape {list(one)} and {list(other)}, expected the same"
@@ -125,9 +134,7 @@ class Recording:
         x = np.array(stored, dtype=np.float32 if is_short else None)
         if self._mapped is not None and DONTNEED is not None:
             self._mapped.madvise(DONTNEED)  # only the copy stays in memory
-        if not np.isfinite(x).all():
-            index = tuple(int(n) for n in np.argwhere(~np.isfinite(x))[0])
-            what = f"is {x[index]} at {list(index)}"
+        if what := flaw(x):
             raise NotFinite(f"{self.path}: tensor {term.source}", what)
         return x if term.scale == 1 else x * x.dtype.type(term.scale)
 
@@ -158,8 +165,7 @@ def open_recording(path: Path) -> Recording:
     """
     tensors = read_header(path)
     metadata = _metadata(path)
-    with path.open("rb") as opened:
-        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped = Pages().map(path)
     stored: dict[str, Stored] = {}
     for name, tensor in tensors.items():
         if tensor.dtype not in STORED:

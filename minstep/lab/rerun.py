@@ -15,11 +15,11 @@ from minstep.config import LayerSpec
 from minstep.files import InputError
 from minstep.lab.compare import fitted
 from minstep.lab.footguns import Variant, variant
-from minstep.lab.recording import NotFinite, Recording
+from minstep.lab.recording import Recording
 from minstep.lab.router import Choice, Choose, are_experts, choice, chooser
-from minstep.lab.trace import EMBEDDING, HEAD, Trace
+from minstep.lab.trace import EMBEDDING, HEAD, ScopedTap, Trace
 from minstep.model import BlockWeights, ModelWeights
-from minstep.tap import Array, Tap
+from minstep.tap import Array
 from minstep.weights import Get, Shape
 
 NORM, MAIN_STATE = "model.norm", "h0"
@@ -59,7 +59,7 @@ class Rerun:
         if name.endswith(".moe.ids"):
             x = self._their_choice(name, x)
         if self.wants(name):
-            self.tensors[name] = np.array(x)
+            self.tensors[name] = x
             self.then(name)
         return x
 
@@ -85,30 +85,21 @@ class Rerun:
 
     def _recorded(self, name: str, like: Array | None = None) -> Array | None:
         """What they have by a name, if it is finite; in the shape of ours, if that is given."""
-        try:
-            x = self.theirs.array(name) if name in self.theirs.forms else None
-        except NotFinite:
-            return None
+        x = self.theirs.if_any(name)
         return x if x is None or like is None else fitted(x[: len(like)], like.shape)
 
 
-class LayerTap(Tap):
+class LayerTap(ScopedTap):
     """Shows every tensor of the layer to a Rerun."""
 
-    def __init__(self, run: Rerun, scope: str = "") -> None:
-        self._run, self._scope = run, scope
+    def __init__(self, run: Rerun) -> None:
+        self._run = run
 
     def __call__(self, name: str, x: Array) -> Array:
         return self._run.see(self._full(name), x)
 
     def wants(self, name: str) -> bool:
         return self._run.wants(self._full(name))
-
-    def at(self, scope: str) -> Tap:
-        return LayerTap(self._run, self._full(scope))
-
-    def _full(self, name: str) -> str:
-        return f"{self._scope}.{name}" if self._scope else name
 
 
 def input_names(n: int) -> list[str]:
@@ -164,7 +155,8 @@ def run_layer(
     get = get or checkpoint.get
     config = chain.config.load_config(checkpoint.path)
     L, D, V = len(config.layers), config.hidden_size, config.vocab_size
-    spec, tokens, tap = (*config.layers, *config.mtp_layers)[n], run.theirs.tokens, LayerTap(run)
+    spec, tokens = (*config.layers, *config.mtp_layers)[n], run.theirs.tokens
+    tap = LayerTap(run)
     nothing: Any = np.empty((0, D), state.dtype)  # in the place of weights that nobody wants
 
     def rooted(module: str, shape: Shape) -> Any:

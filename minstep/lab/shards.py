@@ -13,6 +13,7 @@ from minstep.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
 from minstep.config import Config, load_config
 from minstep.files import InputError
 from minstep.lab.inspect import checked, expected, layer_number
+from minstep.lab.names import spans
 from minstep.lab.trace import EMBEDDING, HEAD, Stage, stages
 from minstep.linear import Weight
 from minstep.model import ModelWeights
@@ -209,7 +210,7 @@ def shards_table(report: dict[str, Any]) -> str:
     """shards_report as text for a terminal: a line for each file."""
     lines = [report["path"]]
     for entry in report["files"]:
-        layers = [f"layers {_ranges(entry['layers'])}"] if entry["layers"] else []
+        layers = [f"layers {', '.join(spans(entry['layers']))}"] if entry["layers"] else []
         held = ", ".join(layers + entry["outside_layers"])
         lines.append(f"  {_said(entry)}: {entry['bytes']:,} bytes of tensors, {held}")
     return "\n".join(lines + [f"damaged: {why}" for why in report["damaged"]])
@@ -241,10 +242,3 @@ def _said(entry: dict[str, Any]) -> str:
     if "disk_bytes" not in entry:
         return str(entry["file"])
     return f"{entry['file']} ({entry['file_bytes']:,} bytes, {entry['disk_bytes']:,} on disk)"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """`0-2, 5` of 0, 1, 2, 5."""
-    starts = [n for n in numbers if n - 1 not in numbers]
-    ends = [n for n in numbers if n + 1 not in numbers]
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

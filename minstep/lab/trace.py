@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,21 @@ CODES = {"float32": "F32", "float64": "F64", "int64": "I64"}  # safetensors' nam
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
-class Recorder(Tap):
+class ScopedTap(Tap):
+    """A tap that knows the full name of what it is shown; the base of those that need it."""
+
+    _scope = ""
+
+    def at(self, scope: str) -> Tap:
+        inner = copy(self)
+        inner._scope = self._full(scope)
+        return inner
+
+    def _full(self, name: str) -> str:
+        return f"{self._scope}.{name}" if self._scope else name
+
+
+class Recorder(ScopedTap):
     """Keeps every tensor whose full name `wants` accepts, in the order they come.
 
     It is kept itself, not a copy: no component writes into what it has shown. `then` is told of
@@ -32,13 +47,9 @@ class Recorder(Tap):
         self,
         tensors: Trace,
         wants: Callable[[str], bool] = lambda name: True,
-        scope: str = "",
         then: Callable[[str, Array], None] = lambda name, x: None,
     ) -> None:
-        self.tensors = tensors
-        self._wants = wants
-        self._scope = scope
-        self._then = then
+        self.tensors, self._wants, self._then = tensors, wants, then
 
     def __call__(self, name: str, x: Array) -> Array:
         if self.wants(name):
@@ -49,23 +60,24 @@ class Recorder(Tap):
     def wants(self, name: str) -> bool:
         return self._wants(self._full(name))
 
-    def at(self, scope: str) -> Tap:
-        return type(self)(self.tensors, self._wants, self._full(scope), self._then)
-
-    def _full(self, name: str) -> str:
-        return f"{self._scope}.{name}" if self._scope else name
-
 
 def finite(name: str, x: Array) -> Array:
     """The tensor x itself, of any shape. Raises InputError, with its place, for what is not finite.
 
     Checked by: tests/test_record.py
     """
-    if not np.isfinite([x.min(), x.max()]).all():  # unlike a mask, takes no memory
-        index = tuple(int(n) for n in np.argwhere(~np.isfinite(x))[0])
+    if what := flaw(x):
         message = "expected finite numbers: a weight here or before it is not, or is too large"
-        raise InputError(f"{name} is {x[index]} at {list(index)}, {message}")
+        raise InputError(f"{name} {what}, {message}")
     return x
+
+
+def flaw(x: Array) -> str | None:
+    """The first of x, of any shape, that is not finite, and its place, in words; None if all is."""
+    if not x.size or np.isfinite([x.min(), x.max()]).all():  # unlike a mask, takes no memory
+        return None
+    index = tuple(int(n) for n in np.argwhere(~np.isfinite(x))[0])
+    return f"is {x[index]} at {list(index)}"
 
 
 class Stage(NamedTuple):
