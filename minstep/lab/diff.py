@@ -12,9 +12,9 @@ from minstep.config import Config
 from minstep.files import InputError
 from minstep.lab.compare import Comparison
 from minstep.lab.names import mtp_layers, split
-from minstep.lab.pairs import align, check_same_prompt, compare_all, recorded_choice, tolerance_of
+from minstep.lab.pairs import align, check_same_prompt, compare_all, tolerance_of
 from minstep.lab.recording import Recording
-from minstep.lab.router import Choice, Routers
+from minstep.lab.router import Choice, Routers, recorded_choice
 
 STARTS = ("model.embed_tokens", "model.layers.0.input_layernorm")  # nothing of the port is in them
 

@@ -4,6 +4,7 @@ Checked by: tests/test_diff.py
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +26,7 @@ from minstep.lab.names import ENDS, is_weight, model_order, mtp_layers, split
 from minstep.lab.recording import NotFinite, Recording
 from minstep.lab.router import (
     Choice,
-    Choose,
     Mask,
-    are_experts,
-    choice,
-    choice_without_bias,
     score_scale,
     too_many,
 )
@@ -95,6 +92,46 @@ def tolerance_of(*recordings: Recording) -> float:
     return max(TOLERANCES[recording.engine_dtype] for recording in recordings)
 
 
+class _Ties:
+    """Which rows of the layer at hand, and of those before it, a tie between experts has touched.
+
+    `tied`: rows of this layer; `is_blind`: as in Choice.
+    """
+
+    def __init__(self) -> None:
+        self.tied = self._unsure = np.zeros(0, np.intp)
+        self.is_blind = False
+        self._end: int | None = None  # the first row that a tie in an earlier layer has touched
+
+    def enter(self, known: Choice | None) -> None:
+        """Begin the next layer."""
+        touched = [*self.tied.tolist(), *([] if self._end is None else [self._end])]
+        self._end = min(touched, default=None)
+        none = np.zeros(0, np.intp)
+        self.tied = np.flatnonzero(known.tied) if known else none
+        self._unsure = np.flatnonzero(known.unsure) if known else none
+        self.is_blind = known is not None and known.is_blind
+
+    def kept(self, rows: NDArray[np.integer]) -> Mask:
+        """Which rows no tie in an earlier layer has touched."""
+        return np.ones(len(rows), bool) if self._end is None else rows < self._end
+
+    def kept_after(
+        self, is_kept: Mask, rows: NDArray[np.integer], departs: Callable[[], Mask]
+    ) -> Mask:
+        """Which of these are left behind the router: a row that departs where nobody recorded its
+        experts is a tie too, unless too many are.
+        """
+        is_kept = is_kept & ~np.isin(rows, self.tied)
+        guessed = is_kept & np.isin(rows, self._unsure)
+        if guessed.any():
+            guessed &= departs()
+        if not too_many(guessed):
+            is_kept &= ~guessed
+            self.tied = np.union1d(self.tied, rows[guessed])
+        return is_kept
+
+
 def compare_all(
     ours: Recording,
     theirs: Recording,
@@ -115,20 +152,14 @@ def compare_all(
     that. What is not finite in theirs departs.
     """
     one, passed = tolerance, 1  # layers
-    layer: int | None = None
-    end: int | None = None  # the first row that a tie in an earlier layer has touched
-    known: Choice | None = None
-    tied = unsure = np.zeros(0, np.intp)  # rows of this layer
+    layer, ties = None, _Ties()
     for name in names:
         at, part = split(name)
         if at != layer:
             layer, passed = at, passed + 1 if at is None else at + 1
             tolerance = one * passed**0.5 if grows else one
             if at is not None:  # what follows the last layer looks at no other row
-                end = min([*tied.tolist(), *([] if end is None else [end])], default=None)
-                known = judge(at, tolerance)
-                tied = np.flatnonzero(known.tied) if known else tied[:0]
-                unsure = np.flatnonzero(known.unsure) if known else tied[:0]
+                ties.enter(judge(at, tolerance))
         a = ours.array(name)
         try:
             b = theirs.array(name)
@@ -144,15 +175,9 @@ def compare_all(
         axis = 1 if part.endswith(".probs") else 0
         first = (theirs.rows or 1) - 1 if name == "lm_head" and len(a) == 1 else 0
         rows = np.arange(first, first + a.shape[axis])  # [rows]
-        is_kept = rows < (first + len(rows) if end is None else end)
+        is_kept = ties.kept(rows)
         if part in AFTER_IDS:
-            is_kept &= ~np.isin(rows, tied)
-            guessed = is_kept & np.isin(rows, unsure)
-            if guessed.any():
-                guessed &= departing(name, a, same, tolerance)
-            if not too_many(guessed):
-                is_kept &= ~guessed
-                tied = np.union1d(tied, rows[guessed])
+            is_kept = ties.kept_after(is_kept, rows, partial(departing, name, a, same, tolerance))
         left_out = int((~is_kept).sum())
         if left_out:
             a, same, rows = a.compress(is_kept, axis), same.compress(is_kept, axis), rows[is_kept]
@@ -160,8 +185,7 @@ def compare_all(
             gate = ours.if_any(name.replace("margin", "gate"), 2)
             c = compare(name, a, same, tolerance, score_scale(gate))
         elif part == "moe.ids":
-            is_blind = known is not None and known.is_blind
-            c = _compare_choice(name, a, same, np.isin(rows, tied), tolerance, is_blind)
+            c = _compare_choice(name, a, same, np.isin(rows, ties.tied), tolerance, ties.is_blind)
         else:
             c = _by_row(compare(name, a, same, tolerance), a, same, rows)
         if c.first is not None:
@@ -169,32 +193,6 @@ def compare_all(
             place[axis] = int(rows[place[axis]])
             c = c._replace(first=c.first._replace(place=tuple(place)))
         yield c._replace(left_out=c.left_out + left_out)
-
-
-def recorded_choice(
-    n: int, ours: Recording, theirs: Recording, tolerance: float, choose: Choose | None = None
-) -> Choice | None:
-    """What two recordings tell of the experts of layer n; None where ours has none.
-
-    `choose`: the layer's router, where its bias is known.
-    """
-    at = f"model.layers.{n}.moe"
-    ids, chosen = (r.if_any(f"{at}.ids", 2) for r in (ours, theirs))
-    gate, other = (r.if_any(f"{at}.gate", 2) for r in (ours, theirs))
-    margin, their_margin = (r.if_any(f"{at}.margin", 1) for r in (ours, theirs))
-    if ids is None:
-        return None
-    if gate is None or (other is not None and other.shape[1] != gate.shape[1]):
-        other = None  # without ours, theirs say nothing
-    margin = their_margin if margin is None and gate is None else margin
-    if chosen is not None and not are_experts(chosen, ids.shape[1], gate):
-        return None
-    T = min(len(x) for x in (ids, chosen, gate, other, margin) if x is not None)
-    ids = np.sort(ids[:T], axis=-1)
-    chosen, gate, other, margin = (x if x is None else x[:T] for x in (chosen, gate, other, margin))
-    if choose is not None and gate is not None:
-        return choice(choose, ids, gate, other, chosen, tolerance)
-    return choice_without_bias(ids, margin, gate, other, chosen, tolerance)
 
 
 def _by_row(c: Comparison, a: Array, b: Array, rows: NDArray[np.integer]) -> Comparison:

@@ -18,6 +18,7 @@ from minstep.activations import sigmoid
 from minstep.checkpoint import open_checkpoint
 from minstep.config import MoESpec
 from minstep.files import InputError
+from minstep.lab.recording import Recording
 from minstep.linear import as_float
 from minstep.moe import MoEWeights
 from minstep.tap import Array
@@ -164,6 +165,32 @@ def _behind(gate: Array, ours: Ids, gap: Array, other: Array, theirs: Ids) -> Ar
         out, into = np.ix_(np.setdiff1d(every, chosen), chosen)
         behind[t] = (s[out] - s[into] + lead[out, into]).max(initial=-np.inf)
     return behind
+
+
+def recorded_choice(
+    n: int, ours: Recording, theirs: Recording, tolerance: float, choose: Choose | None = None
+) -> Choice | None:
+    """What two recordings tell of the experts of layer n; None where ours has none.
+
+    `choose`: the layer's router, where its bias is known.
+    """
+    at = f"model.layers.{n}.moe"
+    ids, chosen = (r.if_any(f"{at}.ids", 2) for r in (ours, theirs))
+    gate, other = (r.if_any(f"{at}.gate", 2) for r in (ours, theirs))
+    margin, their_margin = (r.if_any(f"{at}.margin", 1) for r in (ours, theirs))
+    if ids is None:
+        return None
+    if gate is None or (other is not None and other.shape[1] != gate.shape[1]):
+        other = None  # without ours, theirs say nothing
+    margin = their_margin if margin is None and gate is None else margin
+    if chosen is not None and not are_experts(chosen, ids.shape[1], gate):
+        return None
+    T = min(len(x) for x in (ids, chosen, gate, other, margin) if x is not None)
+    ids = np.sort(ids[:T], axis=-1)
+    chosen, gate, other, margin = (x if x is None else x[:T] for x in (chosen, gate, other, margin))
+    if choose is not None and gate is not None:
+        return choice(choose, ids, gate, other, chosen, tolerance)
+    return choice_without_bias(ids, margin, gate, other, chosen, tolerance)
 
 
 def roundoff(x: Array) -> float:
