@@ -14,10 +14,13 @@ ORDER = (
     "files keys quantization native config configs header tap parallel pages linear "
     "activations norm rope bf16 fp8 cache attention mlp moe model sampling mtp generate "
     "weights save checkpoint toolcalls reply chat tokenizer continuation terminal "
-    "conversation lab.names lab.inspect lab.trace lab.shards lab.forms lab.recording "
-    "lab.parts lab.choice lab.record lab.compare lab.router lab.pairs lab.footguns lab.rerun "
-    "lab.layer lab.explain lab.diff lab.checks lab.bench lab.figures arguments commands "
-    "lab.commands lab.flags cli __main__"
+    "conversation lab.svg lab.charts lab.figures lab.names lab.inspect lab.trace lab.shards "
+    "lab.forms lab.recording lab.parts lab.choice lab.record lab.compare lab.router lab.pairs "
+    "lab.footguns lab.rerun lab.layer lab.explain lab.diff lab.checks lab.bench "
+    "train.gradients train.tape train.loss train.schedule train.muon train.optim train.balance "
+    "train.documents train.data train.bpe train.evaluate train.workers train.log train.saved "
+    "train.trainer train.run lab.baselines arguments train.flags commands lab.commands "
+    "lab.acceptance lab.loads lab.labs lab.flags cli __main__"
 ).split()
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 from minstep.config import FULL, SLIDING, Config, LayerSpec, load_config
 from minstep.configs import find_config
 from minstep.files import atomic_file
+from minstep.lab.svg import arrow, document, rect, text, up
 
 WIDTH, HEIGHT = 960, 640
 # Where the map of layers, the MTP depths and the layer in detail lie, in units of the canvas.
@@ -15,15 +15,7 @@ MAP_X, MAP_WIDTH, MAP_TOP, MAP_BOTTOM = 24, 184, 164, 540
 MTP_X, MTP_WIDTH = 242, 222
 RESIDUAL_X, DETAIL_X, DETAIL_WIDTH = 512, 544, 392
 KIND = {FULL: "full", SLIDING: "sliding"}
-STYLE = """text{font:11px system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif}
-text.title{font-size:16px;font-weight:600} .mid{text-anchor:middle} .line{fill:none}"""
 COLOURS = {  # class: fill and stroke on a light page, fill and stroke on a dark one
-    ".card": ("#ffffff", "#d0d7de", "#0d1117", "#30363d"),
-    "text": ("#1f2328", "none", "#e6edf3", "none"),
-    "text.muted,.tip": ("#59636e", "none", "#9198a1", "none"),
-    "text.on": ("#ffffff", "none", "#0d1117", "none"),
-    ".line": ("none", "#6e7781", "none", "#8b949e"),
-    ".box": ("#f6f8fa", "#afb8c1", "#161b22", "#484f58"),
     ".full.moe": ("#b45309", "#b45309", "#f0a13a", "#f0a13a"),
     ".full.dense": ("#fff3e0", "#b45309", "#2d1e0b", "#f0a13a"),
     ".sliding.moe": ("#2563c9", "#2563c9", "#6cb0ff", "#6cb0ff"),
@@ -58,21 +50,16 @@ def model_svg(config: Config) -> str:
     size = f"hidden size {config.hidden_size:,}, vocabulary {config.vocab_size:,}"
     described = [f"The stack of layers and {spec.name} in detail", *map(", ".join, _kinds(config))]
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
-        f'height="{HEIGHT}" role="img" aria-labelledby="title desc">',
-        f'<title id="title">{escape(title)}</title>',
-        f'<desc id="desc">{escape(". ".join(described))}.</desc>',
-        _style(),
-        _rect(0.5, 0.5, WIDTH - 1, HEIGHT - 1, "card", 10) + '<path class="card" d="M484 24V616"/>',
-        _text(MAP_X, 32, title, "title"),
-        _text(MAP_X, 50, f"{size}, up to {config.max_positions:,} positions", "muted"),
+        rect(0.5, 0.5, WIDTH - 1, HEIGHT - 1, "card", 10) + '<path class="card" d="M484 24V616"/>',
+        text(MAP_X, 32, title, "title"),
+        text(MAP_X, 50, f"{size}, up to {config.max_positions:,} positions", "muted"),
         *_stack(config),
         *(_depths(config) if config.mtp_layers else ()),
         *_legend(config),
         *_attention(spec, config.hidden_size),
         *_feed_forward(spec),
     ]
-    return "\n".join(lines) + "\n</svg>\n"
+    return document((WIDTH, HEIGHT), title, ". ".join(described) + ".", lines, COLOURS)
 
 
 def _stack(config: Config) -> Iterator[str]:
@@ -89,12 +76,10 @@ def _stack(config: Config) -> Iterator[str]:
     if config.mtp_layers:
         bar, shared = MTP_X + MTP_WIDTH - MAP_X, ", shared with MTP"
         yield f'<path class="line" d="M{last:g} 154H{MTP_X + 7}"/>'
-    yield _up(first, (604, 586), (562, MAP_BOTTOM)) + _text(first, 618, "token t", "muted mid")
+    yield up(first, (604, 586), (562, MAP_BOTTOM)) + text(first, 618, "token t", "muted mid")
     label = f"embed_tokens [{config.vocab_size:,}, {config.hidden_size:,}]{shared}"
     yield _box(MAP_X, 562, bar, 24, label)
-    yield _up(last, (y, 142), (120, 108)) + _text(
-        MAP_X + MAP_WIDTH / 2, 76, "token t+1", "muted mid"
-    )
+    yield up(last, (y, 142), (120, 108)) + text(MAP_X + MAP_WIDTH / 2, 76, "token t+1", "muted mid")
     yield _box(MAP_X, 120, MAP_WIDTH, 22, "norm")
     yield _box(MAP_X, 84, MAP_WIDTH, 24, "lm_head" + " (tied)" * config.tie_word_embeddings)
 
@@ -105,12 +90,12 @@ def _depths(config: Config) -> Iterator[str]:
     for k, spec in enumerate(config.mtp_layers, start=1):
         x, width = MTP_X + (k - 1) * pitch + 16, pitch - 16
         middle = x + width / 2
-        yield _arrow(f"M{middle - pitch if k > 1 else x - 9:g} 154H{x - 9:g}V235H{x:g}")
-        yield _up(middle, (266, 246), (224, 202), (170, 142), (120, 108))
-        yield _text(middle, 279, f"E[t+{k}]", "muted mid") + _box(x, 224, width, 22, "eh_proj")
+        yield arrow(f"M{middle - pitch if k > 1 else x - 9:g} 154H{x - 9:g}V235H{x:g}")
+        yield up(middle, (266, 246), (224, 202), (170, 142), (120, 108))
+        yield text(middle, 279, f"E[t+{k}]", "muted mid") + _box(x, 224, width, 22, "eh_proj")
         yield _cell(x, 170, width, 32, spec) + _box(x, 120, width, 22, f"norm {k}")
-        yield _box(x, 84, width, 24, f"head {k}") + _text(middle, 76, f"t+{k + 1}", "muted mid")
-    yield _text(MTP_X + 16, 304, "eh_proj joins E and the state before", "muted")
+        yield _box(x, 84, width, 24, f"head {k}") + text(middle, 76, f"t+{k + 1}", "muted mid")
+    yield text(MTP_X + 16, 304, "eh_proj joins E and the state before", "muted")
 
 
 def _kinds(config: Config) -> Iterator[list[str]]:
@@ -137,8 +122,8 @@ def _legend(config: Config) -> Iterator[str]:
     entries += [("box", dense)] if moe < len(every) else []
     entries += [("clamp", [f"clamped SwiGLU × {clamped}"])] if clamped else []
     for mark, (name, *details) in entries:
-        yield _rect(x + 4, y - 10, 12, 12, mark, 3 + 3 * (mark == "clamp")) + _text(x + 26, y, name)
-        yield from (_text(x + 26, y + 14 * n, d, "muted") for n, d in enumerate(details, start=1))
+        yield rect(x + 4, y - 10, 12, 12, mark, 3 + 3 * (mark == "clamp")) + text(x + 26, y, name)
+        yield from (text(x + 26, y + 14 * n, d, "muted") for n, d in enumerate(details, start=1))
         y += 20 + 14 * len(details)
 
 
@@ -146,23 +131,23 @@ def _attention(spec: LayerSpec, hidden: int) -> Iterator[str]:
     """The first half of a layer, from its input at the bottom to the sum with the residual."""
     H, G, K = spec.heads, spec.groups, spec.head_dim
     number, mlp = spec.name.rsplit(".", 1)[1], "MoE" if spec.moe else "dense MLP"
-    yield _text(RESIDUAL_X - 12, 32, f"Layer {number}: {KIND[spec.kind]} attention, {mlp}", "title")
-    yield _text(RESIDUAL_X - 12, 50, "T positions; projections have no bias", "muted")
-    yield _up(RESIDUAL_X, (604, 70)) + _text(RESIDUAL_X - 12, 618, f"x [T, {hidden:,}]", "muted")
+    yield text(RESIDUAL_X - 12, 32, f"Layer {number}: {KIND[spec.kind]} attention, {mlp}", "title")
+    yield text(RESIDUAL_X - 12, 50, "T positions; projections have no bias", "muted")
+    yield up(RESIDUAL_X, (604, 70)) + text(RESIDUAL_X - 12, 618, f"x [T, {hidden:,}]", "muted")
     for name, x, width, heads in (("q", 0, 112, H), ("k", 122, 86, G), ("v", 218, 86, G)):
         yield _box(DETAIL_X + x, 512, width, 38, f"{name}_proj\n[T, {heads}, {K}]")
         rotated = ((512, 494), (472, 461), (439, 428)) if name != "v" else ((512, 428),)
-        yield _up(DETAIL_X + x + width / 2, (568, 550), *rotated)
+        yield up(DETAIL_X + x + width / 2, (568, 550), *rotated)
     yield _box(DETAIL_X, 472, 208, 22, "RMSNorm of each head")
     yield _box(DETAIL_X, 439, 208, 22, f"RoPE on {spec.rope.rotary_dim} of {K} dimensions")
     sees = f"itself and the {spec.window - 1:,} before it" if spec.window else "all before it"
     label = f"{H} query heads share {G} key-value heads\na query sees {sees}"
     yield _box(DETAIL_X, 386, 304, 42, label, kind=f"{KIND[spec.kind]} dense")
-    yield _up(DETAIL_X + 152, (386, 372 if spec.has_gate else 338))
+    yield up(DETAIL_X + 152, (386, 372 if spec.has_gate else 338))
     if spec.has_gate:
         yield _box(DETAIL_X + 314, 512, 78, 38, f"g_proj\n[T, {H}]")
         yield _box(DETAIL_X, 350, DETAIL_WIDTH, 22, "each head times its gate, sigmoid(g)")
-        yield _up(DETAIL_X + 353, (568, 550), (512, 372)) + _up(DETAIL_X + 152, (350, 338))
+        yield up(DETAIL_X + 353, (568, 550), (512, 372)) + up(DETAIL_X + 152, (350, 338))
     yield _box(DETAIL_X, 316, DETAIL_WIDTH, 22, f"o_proj: {H * K:,} to {hidden:,}") + _half(
         568, 327
     )
@@ -176,12 +161,12 @@ def _feed_forward(spec: LayerSpec) -> Iterator[str]:
         output = f"routed outputs, weights summing to {moe.scaling_factor:g}, plus shared"
         bias = " + bias" if moe.has_bias else ""
         yield _box(DETAIL_X, 230, 260, 26, f"router: top {moe.top_k} by sigmoid score{bias}")
-        yield _rect(DETAIL_X, 120, 260, 92, "box") + _experts(moe.experts, moe.top_k)
-        yield _text(routed, 203, f"{moe.experts} experts of width {moe.width:,}", "mid")
+        yield rect(DETAIL_X, 120, 260, 92, "box") + _experts(moe.experts, moe.top_k)
+        yield text(routed, 203, f"{moe.experts} experts of width {moe.width:,}", "mid")
         yield _box(shared - 60, 120, 120, 92, f"shared expert\nwidth {moe.shared_width:,}")
-        yield _up(routed, (274, 256), (230, 212), (120, 102)) + _up(shared, (274, 212), (120, 102))
+        yield up(routed, (274, 256), (230, 212), (120, 102)) + up(shared, (274, 212), (120, 102))
     yield _box(DETAIL_X, 80, DETAIL_WIDTH, 22, output) + _half(274, 91)
-    yield "" if moe else _up(routed, (274, 102))
+    yield "" if moe else up(routed, (274, 102))
 
 
 def _experts(count: int, chosen: int) -> str:
@@ -194,15 +179,15 @@ def _experts(count: int, chosen: int) -> str:
     kinds = dict.fromkeys(range(count), "idle")
     kinds |= dict.fromkeys(sorted(kinds, key=lambda n: n * n * 0.618034 % 1)[:chosen], "chosen")
     cells = ((left + n % columns * pitch, top + n // columns * pitch, k) for n, k in kinds.items())
-    return "".join(_rect(x, y, pitch * 0.8, pitch * 0.8, kind, 1) for x, y, kind in cells)
+    return "".join(rect(x, y, pitch * 0.8, pitch * 0.8, kind, 1) for x, y, kind in cells)
 
 
 def _cell(x: float, y: float, width: float, height: float, spec: LayerSpec) -> str:
     """One layer of the map with its number, and a dot if its SwiGLU is clamped."""
     fill, ink = ("moe", "on mid") if spec.moe else ("dense", "mid")
-    label = _text(x + width / 2, y + height / 2 + 4, spec.name.rsplit(".", 1)[1], ink)
-    dot = _rect(x + width - 11, y + 2, 9, 9, "clamp", 4.5) if _is_clamped(spec) else ""
-    return _rect(x, y, width, height, f"{KIND[spec.kind]} {fill}") + label + dot
+    label = text(x + width / 2, y + height / 2 + 4, spec.name.rsplit(".", 1)[1], ink)
+    dot = rect(x + width - 11, y + 2, 9, 9, "clamp", 4.5) if _is_clamped(spec) else ""
+    return rect(x, y, width, height, f"{KIND[spec.kind]} {fill}") + label + dot
 
 
 def _is_clamped(spec: LayerSpec) -> bool:
@@ -212,39 +197,13 @@ def _is_clamped(spec: LayerSpec) -> bool:
 def _half(norm_y: float, sum_y: float) -> str:
     x = RESIDUAL_X
     norm = _box(DETAIL_X, norm_y, DETAIL_WIDTH, 22, "RMSNorm, times 1 + w")
-    norm += _arrow(f"M{x} {norm_y + 11:g}H{DETAIL_X}")
-    plus = _rect(x - 8, sum_y - 8, 16, 16, "box", 8) + _text(x, sum_y + 4, "+", "mid")
-    return norm + _arrow(f"M{DETAIL_X} {sum_y:g}H{x + 8}") + plus
+    norm += arrow(f"M{x} {norm_y + 11:g}H{DETAIL_X}")
+    plus = rect(x - 8, sum_y - 8, 16, 16, "box", 8) + text(x, sum_y + 4, "+", "mid")
+    return norm + arrow(f"M{DETAIL_X} {sum_y:g}H{x + 8}") + plus
 
 
 def _box(x: float, y: float, w: float, h: float, label: str, *, kind: str = "box") -> str:
-    text, _, detail = label.partition("\n")
-    under = _text(x + w / 2, y + h / 2 + 12, detail, "muted mid") if detail else ""
-    label = _text(x + w / 2, y + h / 2 + (-3 if detail else 4), text, "mid")
-    return _rect(x, y, w, h, kind) + label + under
-
-
-def _rect(x: float, y: float, width: float, height: float, kind: str, radius: float = 4) -> str:
-    size = f'width="{width:.5g}" height="{height:.5g}" rx="{radius:g}"'
-    return f'<rect class="{kind}" x="{x:.5g}" y="{y:.5g}" {size}/>'
-
-
-def _text(x: float, y: float, text: str, kind: str = "") -> str:
-    return f'<text class="{kind}" x="{x:.5g}" y="{y:.5g}">{escape(text)}</text>'
-
-
-def _up(x: float, *spans: tuple[float, float]) -> str:
-    return "".join(_arrow(f"M{x:.5g} {start:.5g}V{end:.5g}") for start, end in spans)
-
-
-def _arrow(path: str) -> str:
-    return f'<path class="line" d="{path}" marker-end="url(#tip)"/>'
-
-
-def _style() -> str:
-    light = "".join(f"{name}{{fill:{c[0]};stroke:{c[1]}}}" for name, c in COLOURS.items())
-    dark = "".join(f"{name}{{fill:{c[2]};stroke:{c[3]}}}" for name, c in COLOURS.items())
-    rules = f"{STYLE}{light}@media (prefers-color-scheme:dark){{{dark}}}"
-    tip = '<path class="tip" d="M0 0L7 3.5L0 7Z"/>'
-    box = 'viewBox="0 0 7 7" refX="6.5" refY="3.5" markerWidth="6" markerHeight="6" orient="auto"'
-    return f'<style>{rules}</style><defs><marker id="tip" {box}>{tip}</marker></defs>'
+    name, _, detail = label.partition("\n")
+    under = text(x + w / 2, y + h / 2 + 12, detail, "muted mid") if detail else ""
+    label = text(x + w / 2, y + h / 2 + (-3 if detail else 4), name, "mid")
+    return rect(x, y, w, h, kind) + label + under
