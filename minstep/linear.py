@@ -1,6 +1,6 @@
 """linear(x, W): the one door for every product with a weight, whatever the weight is stored as."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -39,7 +39,7 @@ def linear(x: Array, weight: Weight) -> Array:
     Checked by: tests/test_linear.py
     """
     outputs, inputs = weight.shape
-    if isinstance(weight, np.ndarray) and weight.dtype == x.dtype and weight.size < LARGE:
+    if is_ready(weight, x.dtype) and (weight.size < LARGE or not isinstance(weight, np.ndarray)):
         return x @ weight.T  # [..., O]
     rows = max(1, BLOCK // inputs)
     y = np.empty((*x.shape[:-1], outputs), x.dtype)  # [..., O]
@@ -54,12 +54,17 @@ def linear(x: Array, weight: Weight) -> Array:
     return y
 
 
+def is_ready(weight: Weight, dtype: DTypeLike) -> TypeGuard[Array]:
+    """Whether a weight computes in `dtype` as it is; one on a tape (see train/) is no ndarray."""
+    return getattr(weight, "dtype", None) == dtype
+
+
 def ready(weight: Weight, dtype: DTypeLike) -> Array:
     """The weight in `dtype`, same shape: itself, or in memory that the thread's next call reuses.
 
     Source: measured, see docs/weights.md.
     """
-    if isinstance(weight, np.ndarray) and weight.dtype == dtype:
+    if is_ready(weight, dtype):
         return weight
     out = scratch(weight.shape, dtype)  # [O, I] float32 or float64
     if isinstance(weight, np.ndarray):
@@ -73,4 +78,4 @@ def ready(weight: Weight, dtype: DTypeLike) -> Array:
 
 def as_float(weight: Weight, dtype: DTypeLike) -> Array:
     """A stored weight as a plain array of `dtype`, same shape; no copy where it is one."""
-    return np.asarray(weight, dtype=dtype)
+    return weight if is_ready(weight, dtype) else np.asarray(weight, dtype=dtype)

@@ -4,6 +4,7 @@ A component calls `x = tap("name", x)`. The silent tap hands x back. A recording
 comparing tap checks it, a patching tap returns another array: one mechanism for all three.
 """
 
+from copy import copy
 from typing import Any
 
 from numpy.typing import NDArray
@@ -28,3 +29,17 @@ class Tap:
 
 
 silent = Tap()
+
+
+class ScopedTap(Tap):
+    """A tap that knows the full name of what it is shown; the base of those that need it."""
+
+    _scope = ""
+
+    def at(self, scope: str) -> Tap:
+        inner = copy(self)
+        inner._scope = self._full(scope)
+        return inner
+
+    def _full(self, name: str) -> str:
+        return f"{self._scope}.{name}" if self._scope else name

@@ -17,9 +17,9 @@ from minstep.lab.compare import fitted
 from minstep.lab.footguns import Variant, variant
 from minstep.lab.recording import Recording
 from minstep.lab.router import Choice, Choose, are_experts, choice, chooser
-from minstep.lab.trace import EMBEDDING, HEAD, ScopedTap, Trace
+from minstep.lab.trace import EMBEDDING, HEAD, Trace
 from minstep.model import BlockWeights, ModelWeights
-from minstep.tap import Array
+from minstep.tap import Array, ScopedTap
 from minstep.weights import Get, Shape
 
 NORM, MAIN_STATE = "model.norm", "h0"

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,25 +14,11 @@ from minstep.generate import check_prompt
 from minstep.header import laid_out
 from minstep.model import ModelWeights, decoder, head, run_layers
 from minstep.mtp import mtp_forward
-from minstep.tap import Array, Tap
+from minstep.tap import Array, ScopedTap, Tap
 
 Trace = dict[str, Array]
 CODES = {"float32": "F32", "float64": "F64", "int64": "I64"}  # safetensors' names of dtypes
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-
-
-class ScopedTap(Tap):
-    """A tap that knows the full name of what it is shown; the base of those that need it."""
-
-    _scope = ""
-
-    def at(self, scope: str) -> Tap:
-        inner = copy(self)
-        inner._scope = self._full(scope)
-        return inner
-
-    def _full(self, name: str) -> str:
-        return f"{self._scope}.{name}" if self._scope else name
 
 
 class Recorder(ScopedTap):
