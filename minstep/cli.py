@@ -16,7 +16,9 @@ from minstep import commands
 from minstep.arguments import FLOATS, at_least, given_or_read, not_empty, number, path, token_ids
 from minstep.files import InputError, abandon_stdout, os_reason
 from minstep.lab.flags import add_lab_commands
+from minstep.lab.labs import add_labs
 from minstep.terminal import harmless
+from minstep.train.flags import add_train
 
 
 class _Parser(argparse.ArgumentParser):
@@ -139,5 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--hide-thinking", action="store_true", help=text)
     _decoding_flags(add, temp=0.6, top_p=0.95, most=2048)
 
+    add_train(command)
     add_lab_commands(command)
+    add_labs(command)
     return parser

@@ -1,8 +1,12 @@
 """The configurations shipped with minstep, found in a wheel and in a checkout alike."""
 
 from pathlib import Path
+from typing import Any
 
+from minstep.config import Config, parse_config
 from minstep.files import InputError
+from minstep.keys import read_json
+from minstep.native import hub_config
 
 
 def shipped_folder() -> Path:
@@ -25,3 +29,14 @@ def find_config(name: str) -> Path:
         return shipped / name
     names = ", ".join(sorted(folder.parent.name for folder in shipped.glob("*/config.json")))
     raise InputError(f"{name}: no such file or folder, nor a shipped configuration ({names})")
+
+
+def read_config(name: str) -> tuple[dict[str, Any], Config, Path]:
+    """The JSON of a configuration in hub layout, what it says, and the folder that it lies in.
+
+    `name` as find_config takes it. Raises InputError as that and parse_config do.
+    """
+    source = find_config(name)
+    file = source / "config.json" if source.is_dir() else source
+    raw = hub_config(read_json(file), str(file))
+    return raw, parse_config(raw, str(file)), file.parent

@@ -20,7 +20,7 @@ ORDER = (
     "train.gradients train.tape train.loss train.schedule train.muon train.optim train.balance "
     "train.documents train.data train.bpe train.evaluate train.workers train.log train.saved "
     "train.trainer train.run lab.baselines arguments train.flags commands lab.commands "
-    "lab.acceptance lab.loads lab.labs lab.flags cli __main__"
+    "lab.acceptance lab.loads lab.bits lab.labs lab.flags cli __main__"
 ).split()
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 

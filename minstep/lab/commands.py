@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from minstep.checkpoint import open_checkpoint
-from minstep.config import load_config, parse_config
-from minstep.configs import find_config
+from minstep.config import load_config
+from minstep.configs import find_config, read_config
 from minstep.files import InputError, atomic_file, check_space
 from minstep.generate import check_prompt
 from minstep.keys import read_json
@@ -32,7 +32,6 @@ from minstep.lab.shards import (
     shards_table,
 )
 from minstep.lab.trace import record, save_trace
-from minstep.native import hub_config
 from minstep.save import Form, needed_space, save_random
 from minstep.terminal import note
 from minstep.tokenizer import encode, load_tokenizer
@@ -71,11 +70,8 @@ def run_record(args: Namespace) -> None:
 
 def run_make_tiny(args: Namespace) -> None:
     """Write a random checkpoint in hub layout."""
-    source = find_config(args.config)
-    file = source / "config.json" if source.is_dir() else source
-    raw = hub_config(read_json(file), str(file))
-    tokenizer = file.parent / "tokenizer.json"
-    config = parse_config(raw, str(file))
+    raw, config, folder = read_config(args.config)
+    tokenizer = folder / "tokenizer.json"
     names = list(tensor_shapes(config))
     for glob in args.only:
         if not fnmatch.filter(names, glob):

@@ -13,8 +13,8 @@ from importlib.resources import files
 from types import ModuleType
 from typing import Any, NamedTuple
 
-# The files that compute a layer, in the order of their imports.
-CHAIN = ("config", "norm", "rope", "attention", "mlp", "moe", "model", "mtp", "weights")
+# The files that compute a layer and decode, in the order of their imports.
+CHAIN = ("config", "norm", "rope", "attention", "mlp", "moe", "model", "mtp", "generate", "weights")
 
 
 class Footgun(NamedTuple):
@@ -27,12 +27,13 @@ class Footgun(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """The modules that run a layer: the real ones, or copies that share a bug."""
+    """The modules that run a layer or decode: the real ones, or copies that share a bug."""
 
     config: ModuleType
     moe: ModuleType
     model: ModuleType
     mtp: ModuleType
+    generate: ModuleType
     weights: ModuleType
 
 

@@ -1,0 +1,220 @@
+"""`minstep train`: from a configuration and text to a checkpoint, with a log that can be read."""
+
+import hashlib
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from minstep.config import Config
+from minstep.configs import read_config
+from minstep.files import InputError, os_reason
+from minstep.lab.charts import line_chart, load_chart
+from minstep.tap import Array
+from minstep.terminal import Progress
+from minstep.train.bpe import train_tokenizer
+from minstep.train.data import Corpus, encode_documents, split
+from minstep.train.documents import file_documents, python_documents
+from minstep.train.evaluate import bits_per_byte
+from minstep.train.log import Row, header, line
+from minstep.train.saved import STATE, load_state, save_checkpoint, save_state, write_text
+from minstep.train.trainer import Plan, Training
+from minstep.train.workers import Workers, workers
+from minstep.weights import assemble
+
+
+class Text(NamedTuple):
+    """What a run reads."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    stream: NDArray[np.int32]  # [N] the tokens to train on
+
+
+class Every(NamedTuple):
+    """After how many steps what is done."""
+
+    row: int  # a line of the log
+    check: int  # the held-out text is measured
+    save: int  # everything is written
+
+
+def run_train(args: Namespace) -> None:
+    """Train, and write config, weights, tokenizer, log and charts into a folder."""
+    raw, config, _ = read_config(args.config)
+    plan = Plan(**{name: getattr(args, name) for name in Plan._fields})
+    _check(plan, config)
+    folder: Path = args.out
+    state, facts = load_state(folder) if args.resume else ({}, {})
+    _check_folder(folder, args.resume)
+    text = _read_text(args.text, config)
+    its_facts = {
+        "plan": plan._asdict(),
+        "config": raw,
+        "text": hashlib.sha256(text.stream.tobytes()).hexdigest(),
+    }
+    training = Training(config, plan, text.stream)
+    rows: list[Row] = []
+    if args.resume:
+        _check_facts(folder / STATE, facts, its_facts)
+        training.restore(state)
+        rows = [Row(step, tuple(losses), *others) for step, losses, *others in facts["rows"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    every = Every(args.log_every, args.check_every, args.save_every)
+    run = Run(training, text, raw, folder, rows, its_facts, every)
+    with workers(args.processes) as pool:
+        run.go(pool)
+
+
+def _check(plan: Plan, config: Config) -> None:
+    """Raise InputError where a flag does not fit the model."""
+    most, least = config.max_positions, len(config.mtp_layers) + 2
+    if not least <= plan.length <= most:
+        raise InputError(f"--length {plan.length}: expected {least} to {most} for this model")
+
+
+def _check_folder(folder: Path, resumes: bool) -> None:
+    """Raise InputError unless a new run may write into `folder`, before hours go into it."""
+    try:
+        entries = sorted(folder.iterdir()) if folder.exists() else []
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written: {os_reason(error)}") from error
+    if entries and not resumes:
+        its = "an unfinished run, --resume goes on with it" if folder / STATE in entries else ""
+        holds = its or f"holds {entries[0].name}, expected a new or empty folder"
+        raise InputError(f"{folder}: {holds}")
+
+
+def _read_text(files: list[Path], config: Config) -> Text:
+    """The documents, the tokenizer that is made for them, and the tokens to train on."""
+    corpus = split(file_documents(files) if files else python_documents())
+    tokenizer = train_tokenizer((each.text for each in corpus.train), config.vocab_size)
+    return Text(corpus, tokenizer, encode_documents(corpus.train, tokenizer))
+
+
+def _check_facts(file: Path, facts: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise InputError where a run to go on with was begun with other flags, config or text."""
+    plan, its_plan = expected["plan"], facts.get("plan", {})
+    for name, value in plan.items():
+        if its_plan.get(name) != value:
+            flag = f"--{name.replace('_', '-')}"
+            message = f"was begun with {flag} {its_plan.get(name)}, expected the same"
+            raise InputError(f"{file}: {message}, not {value}")
+    for name in ("config", "text"):
+        if facts.get(name) != expected[name]:
+            raise InputError(f"{file}: was begun with another {name}, expected the same")
+
+
+class Run:
+    """A training run under way: what it writes down, and when."""
+
+    def __init__(
+        self,
+        training: Training,
+        text: Text,
+        raw: dict[str, Any],
+        folder: Path,
+        rows: list[Row],
+        facts: dict[str, Any],
+        every: Every,
+    ) -> None:
+        self.training, self.text, self.raw, self.folder = training, text, raw, folder
+        self.rows, self.facts, self.every = rows, facts, every
+        self.loads: dict[str, Array] = {}  # of the experts, between the last two rows
+
+    def go(self, pool: Workers) -> None:
+        """Train to the last step. Ctrl-C ends the step under way, saves, and is raised again."""
+        training, steps = self.training, self.training.plan.steps
+        print(self._title(), header(len(training.config.mtp_layers)), sep="\n", flush=True)
+        bar = Progress("training", steps, "steps")
+        with _asked_to_stop() as asked:
+            while training.done < steps:
+                training.step(pool)
+                done = training.done
+                is_last = done == steps
+                if done % self.every.row == 0 or is_last:
+                    self._note(is_last or done % self.every.check == 0, bar)
+                bar(done)
+                if asked:
+                    self.save()
+                    message = f"saved after step {done} of {steps}: --resume goes on from there"
+                    print(f"minstep: {message}", file=sys.stderr)
+                    signal.raise_signal(asked[0])
+                elif done % self.every.save == 0 and not is_last:
+                    self.save()
+        self.save()
+        (self.folder / STATE).unlink(missing_ok=True)
+
+    def _note(self, measures: bool, bar: Progress) -> None:
+        """Add a row to the log, and print it."""
+        row = self.training.row()
+        if measures:
+            row = row._replace(held_out=self.held_out())
+        self.loads = self.training.loads()
+        self.training.begin_row()
+        self.rows.append(row)
+        bar.erase()
+        print(line(row), flush=True)
+
+    def held_out(self) -> float:
+        """Bits a byte of the text that is not trained on."""
+        training = self.training
+        weights = assemble(training.config, lambda name, _: training.tensors[name])
+        documents, length = self.text.corpus.held_out, training.plan.length
+        return bits_per_byte(documents, self.text.tokenizer, weights, training.config, length)
+
+    def save(self) -> None:
+        """Write the checkpoint, the log and the charts, and last the state to go on from."""
+        training, folder = self.training, self.folder
+        save_checkpoint(folder, training.tensors, self.raw, self.text.tokenizer)
+        lines = [self._title(), header(len(training.config.mtp_layers)), *map(line, self.rows)]
+        write_text(folder / "log.txt", "\n".join(lines) + "\n")
+        if self.rows:
+            write_text(folder / "loss.svg", self._losses())
+        if self.loads:
+            chart = load_chart("Tokens of each expert", {f"to step {training.done}": self.loads})
+            write_text(folder / "loads.svg", chart)
+        facts = self.facts | {"rows": self.rows}
+        save_state(folder, training.state(), facts)
+
+    def _title(self) -> str:
+        plan = ", ".join(f"{name} {value}" for name, value in self.facts["plan"].items())
+        corpus, stream = self.text.corpus, self.text.stream
+        sizes = [sum(len(each.text.encode()) for each in part) for part in corpus]
+        text = f"text: {sizes[0]:,} bytes, {len(stream):,} tokens; held out {sizes[1]:,} bytes"
+        count = sum(x.size for x in self.training.tensors.values())
+        return f"{plan}\n{count:,} parameters; {text}"
+
+    def _losses(self) -> str:
+        names = ["main", *(f"MTP {k}" for k in range(1, len(self.rows[0].losses)))]
+        series = {
+            name: [(float(row.step), row.losses[k]) for row in self.rows]
+            for k, name in enumerate(names)
+        }
+        return line_chart("Training loss", series, "step", "nats a token")
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[list[signal.Signals]]:
+    """While a step runs Ctrl-C and SIGTERM only leave word here; a second Ctrl-C ends at once."""
+    asked: list[signal.Signals] = []
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _: Any) -> None:
+        asked.append(signal.Signals(number))
+        signal.signal(number, before[signal.Signals(number)])
+
+    for each in before:
+        signal.signal(each, note)
+    try:
+        yield asked
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -1,0 +1,126 @@
+"""The sequences of a step, shared out to processes: losses, gradients and expert counts.
+
+Threads would wait for each other here: a tape makes thousands of small calls, between which only
+one of them may run.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import repeat
+from multiprocessing import get_context, parent_process
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minstep.config import Config
+from minstep.files import InputError
+from minstep.tap import Array
+from minstep.train.balance import Counter, Counts
+from minstep.train.loss import objective
+from minstep.train.tape import Variable, backward
+from minstep.weights import assemble
+
+SHARE = 4  # sequences that one task sums up: the order of all sums, whoever computes them
+Tensors = dict[str, Array]  # by hub name
+
+
+class Result(NamedTuple):
+    """Sums over sequences; divided by their number they are what a step works with."""
+
+    losses: Array  # [1 + M] nats a token of the main model and of each depth, float64
+    gradients: Tensors  # of the total loss, in each tensor's shape and dtype
+    counts: Counts
+
+
+def share(
+    sequences: NDArray[np.int32], tensors: Tensors, config: Config, mtp_weight: float
+) -> Result:
+    """Loss, gradients and counts of `sequences` [N, T], one after the other, summed.
+
+    Activations have the dtype of the tensors. What had no part in a loss, as an expert that nobody
+    chose, has a gradient of zeros.
+    Checked by: tests/test_workers.py
+    """
+    sums: Result | None = None
+    for tokens in sequences:
+        variables = {name: Variable(x) for name, x in tensors.items()}
+        counter = Counter(config)
+        weights = assemble(config, lambda name, _, its=variables: cast(Array, its[name]))  # type: ignore[misc]
+        dtype = tensors["model.embed_tokens.weight"].dtype
+        losses = objective(tokens.tolist(), weights, config, mtp_weight, dtype, counter)
+        backward(cast(Variable, losses.total))
+        parts = [cast(Variable, part).value for part in (losses.main, *losses.depths)]
+        gradients = {
+            name: np.zeros_like(x.value) if x.gradient is None else x.gradient
+            for name, x in variables.items()
+        }
+        result = Result(np.array(parts, np.float64), gradients, counter.counts)
+        sums = result if sums is None else added(sums, result)
+    assert sums is not None
+    return sums
+
+
+def added(a: Result, b: Result) -> Result:
+    """The sum of two results; the gradients of the first are written over."""
+    for name, gradient in a.gradients.items():
+        a.gradients[name] = np.add(gradient, b.gradients[name])
+    counts = {name: count + b.counts[name] for name, count in a.counts.items()}
+    return Result(a.losses + b.losses, a.gradients, counts)
+
+
+class Workers:
+    """Runs shares in other processes, or in this one where there is only one."""
+
+    def __init__(self, executor: Executor | None) -> None:
+        self._map: Any = executor.map if executor else map
+
+    def sum(
+        self, sequences: NDArray[np.int32], tensors: Tensors, config: Config, mtp_weight: float
+    ) -> Result:
+        """The sum over `sequences` [N, T]: the same bits for any number of processes.
+
+        Raises InputError where a process has ended.
+        """
+        parts = [sequences[n : n + SHARE] for n in range(0, len(sequences), SHARE)]
+        results = self._map(share, parts, repeat(tensors), repeat(config), repeat(mtp_weight))
+        try:
+            total = next(results)
+            for result in results:
+                total = added(total, result)
+        except BrokenProcessPool as error:
+            message = "a process that computes gradients was ended, expected memory for it"
+            raise InputError(f"{message} (fewer --processes need less)") from error
+        return total
+
+
+@contextmanager
+def workers(count: int) -> Iterator[Workers]:
+    """`count` processes; they end with this one, however it ends, and leave Ctrl-C to it."""
+    if count < 2:
+        yield Workers(None)
+        return
+    # Not forked: this process has threads.
+    with ProcessPoolExecutor(count, get_context("spawn"), _start) as executor:
+        try:
+            yield Workers(executor)
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _start() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
