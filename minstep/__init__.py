@@ -1,7 +1,8 @@
 """Step 3.5 Flash in plain NumPy: every layer is a pure function that reads like its maths.
 
 Reading order: config, linear, norm, rope, cache, attention, mlp, moe, model, sampling, mtp,
-generate, weights, checkpoint, chat, tokenizer; then lab, which looks at the model from outside.
+generate, weights, checkpoint, chat, tokenizer; then train, which differentiates and trains it, and
+lab, which looks at it from outside.
 
 >>> import numpy as np, minstep
 >>> config = minstep.load_config(minstep.find_config("tiny"))

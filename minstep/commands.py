@@ -14,21 +14,21 @@ from tokenizers import Tokenizer
 
 from minstep.chat import parse, render
 from minstep.checkpoint import open_checkpoint
-from minstep.config import Config, load_config
+from minstep.config import Config
 from minstep.configs import find_config
 from minstep.continuation import Continuation
-from minstep.conversation import Conversation, talk
+from minstep.conversation import Conversation, Story, talk
 from minstep.files import InputError
 from minstep.generate import Step, check_prompt, steps
 from minstep.keys import read_json
 from minstep.model import ModelWeights
 from minstep.sampling import Sampling
-from minstep.terminal import Display, Progress, drafts_line, harmless, summary
+from minstep.terminal import Display, Progress, drafts_line, harmless, note, summary
 from minstep.tokenizer import StreamingText, encode, load_tokenizer
 from minstep.toolcalls import objects
-from minstep.weights import random_weights
 
-NOISE = "minstep: no --model: tiny random weights; the text is noise because it is untrained"
+SHIPPED = "minstep: no --model: the small model shipped here, trained on Python's documentation"
+CONTINUES = "minstep: this model has learned to continue a text, not to answer"
 
 
 class Model(NamedTuple):
@@ -43,18 +43,16 @@ class Model(NamedTuple):
 
 
 def open_model(path: Path | None) -> Model:
-    """The checkpoint at `path`, or the shipped tiny configuration with random weights."""
-    if path is not None:
-        checkpoint = open_checkpoint(path)
-        return Model(checkpoint.weights, checkpoint.config, load_tokenizer(path))
-    folder = find_config("tiny")
-    config = load_config(folder)
+    """The checkpoint at `path`, or the one that is shipped."""
+    folder = find_config("trained") if path is None else path
+    checkpoint = open_checkpoint(folder)
 
-    def draw(depths: int | None) -> ModelWeights:
-        print(NOISE, file=sys.stderr)
-        return random_weights(config, np.random.default_rng(0))
+    def load(depths: int | None) -> ModelWeights:
+        if path is None:
+            print(SHIPPED, file=sys.stderr)
+        return checkpoint.weights(depths)
 
-    return Model(draw, config, load_tokenizer(folder))
+    return Model(load, checkpoint.config, load_tokenizer(folder))
 
 
 def needed_tokenizer(args: Namespace, model: Model, flag: str) -> Tokenizer:
@@ -187,9 +185,14 @@ def run_chat(args: Namespace) -> None:
     model = open_model(args.model)
     tokenizer = needed_tokenizer(args, model, "chat")
     tools = read_tools(args.tools)
-    conversation = Conversation(tokenizer, args.system, tools, args.stop)
+    if tools and not model.config.can_chat:
+        raise InputError(f"--tools {args.tools}: the model only continues text (can_chat is false)")
+    kind = Conversation if model.config.can_chat else Story
+    conversation = kind(tokenizer, args.system, tools, args.stop)
     check_drafts(args, model.config)
     weights, rng = model.load(_drafts(args)), np.random.default_rng(args.seed)
+    if not model.config.can_chat:
+        note(CONTINUES)
 
     def decode(prompt: list[int]) -> Iterator[Step]:
         return decode_steps(args, prompt, weights, model.config, rng)

@@ -8,7 +8,8 @@ Source: config.json and configuration_step3p5.py of the released checkpoint
         (huggingface.co/stepfun-ai/Step-3.5-Flash).
 Differs: the class defaults of the released configuration disagree with the released config.json,
         so a missing key is an error here, never a default. Absent may be `torch_dtype`,
-        `eos_token_id` and `attention_other_setting` (there is none), `yarn_only_types` (all kinds).
+        `eos_token_id` and `attention_other_setting` (there is none), `yarn_only_types` (all kinds),
+        and `can_chat` (it can), which is minstep's own: a model that `train` made only continues.
 Checked by: tests/test_config.py
 """
 
@@ -84,6 +85,7 @@ class Config(NamedTuple):
     tie_word_embeddings: bool
     torch_dtype: str | None
     quantization: Quantization | None
+    can_chat: bool
     layers: tuple[LayerSpec, ...]
     mtp_layers: tuple[LayerSpec, ...]
 
@@ -124,6 +126,7 @@ def parse_config(raw: dict[str, Any], source: str = "config.json") -> Config:
         tie_word_embeddings=keys.boolean("tie_word_embeddings"),
         torch_dtype=dtype,
         quantization=parse_quantization(raw, source),
+        can_chat="can_chat" not in raw or keys.boolean("can_chat"),
         layers=layers[:main],
         mtp_layers=layers[main:],
     )

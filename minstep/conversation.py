@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from minstep.chat import ChatStream, Event, parse, render
+from minstep.chat import ChatStream, Event, Message, parse, render
 from minstep.continuation import Continuation
 from minstep.files import InputError
 from minstep.generate import Step
@@ -23,6 +23,18 @@ HELP = """\
 /exit         leave, as Ctrl-D does
 A line that begins with a space is sent as it is, even with a / next.
 A tool's result is a line such as <tool_response>RESULT</tool_response>."""
+
+
+class PlainStream:
+    """Takes text for what it is: content, with no tags in it."""
+
+    def feed(self, text: str) -> list[Event]:
+        """Give out what came."""
+        return [Event("content", text)]
+
+    def finish(self) -> list[Event]:
+        """Nothing was held back."""
+        return []
 
 
 class Conversation:
@@ -66,7 +78,7 @@ class Conversation:
         self.stats = {}
         question = {"role": "user", "content": text}
         prompt = self._prompt(question)
-        stream, reply = StreamingText(self._tokenizer, self._stops), ChatStream(self._tools)
+        stream, reply = StreamingText(self._tokenizer, self._stops), self._reader()
         said = Continuation(decode(prompt), stream)
         try:
             for piece in said:
@@ -75,13 +87,38 @@ class Conversation:
         finally:
             self.stats = said.stats(prompt)
             if said.tokens:  # parsed anew: an interrupt may have come while `reply` was at work
-                answer = parse(said.text + stream.finish(), self._tools)
+                answer = self._message(said.text + stream.finish())
                 self.messages += [question, answer.as_dict()]
 
     def _prompt(self, question: dict[str, Any]) -> list[int]:
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
         text = render([*system, *self.messages, question], self._tools)
         return encode(self._tokenizer, text, is_rendered=True)
+
+    def _reader(self) -> ChatStream | PlainStream:
+        return ChatStream(self._tools)
+
+    def _message(self, text: str) -> Message:
+        return parse(text, self._tools)
+
+
+class Story(Conversation):
+    """One growing text, for a model that continues text and has not learned to answer.
+
+    What is asked is put behind the text so far, after a blank line, and the answer is what comes
+    next: no template, no thinking, no calls. The system text is its beginning.
+    """
+
+    def _prompt(self, question: dict[str, Any]) -> list[int]:
+        told = (each["content"] for each in (*self.messages, question))
+        text = "\n\n".join(filter(None, (self._system, *told)))
+        return encode(self._tokenizer, text)
+
+    def _reader(self) -> PlainStream:
+        return PlainStream()
+
+    def _message(self, text: str) -> Message:
+        return Message("", text, ())
 
 
 def obey(conversation: Conversation, line: str) -> str | None:

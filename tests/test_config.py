@@ -175,6 +175,7 @@ OTHER = raw()["attention_other_setting"]
         ({"use_moe": "yes"}, ["use_moe", "true or false"]),
         ({"use_head_wise_attn_gate": 1}, ["use_head_wise_attn_gate", "1"]),
         ({"tie_word_embeddings": "no"}, ["tie_word_embeddings", "true or false"]),
+        ({"can_chat": 0}, ["can_chat", "true or false"]),
         ({"zero_centered": False}, ["zero_centered", "false"]),
         ({"use_qk_norm": False}, ["use_qk_norm"]),
         ({"model_type": "llama"}, ["model_type", "llama", "step3p5"]),

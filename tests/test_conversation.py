@@ -1,5 +1,6 @@
 """A conversation: its history, commands and interruptions, piped and on a terminal."""
 
+import json
 import os
 import select
 import signal
@@ -15,7 +16,9 @@ import pytest
 
 import minstep
 from minstep.chat import render
-from minstep.conversation import HELP, WELCOME, Conversation, obey, talk
+from minstep.cli import main
+from minstep.commands import CONTINUES, SHIPPED
+from minstep.conversation import HELP, WELCOME, Conversation, Story, obey, talk
 from minstep.files import InputError
 from minstep.generate import Step
 from minstep.terminal import Display
@@ -115,6 +118,20 @@ def test_a_stop_text_ends_an_answer() -> None:
     ]
     assert conversation.stats["stop"] == "stop"
     assert conversation.messages[-1] == said("b EN c ", "a")
+
+
+def test_a_model_that_only_continues_is_given_one_growing_text() -> None:
+    story = Story(TOKENIZER, "A tale.", stops=["END"])
+    model = Model(f" grew.</think> <tool_call>{END}", "On^C", "x ENDy")
+    assert ask(story, "The with statement", model) == [("content", " grew.</think> <tool_call>")]
+    with pytest.raises(KeyboardInterrupt):
+        list(story.ask("And", model))
+    assert ask(story, "then", model) == [("content", "x ")]
+    told = ["A tale.", "The with statement", " grew.</think> <tool_call>", "And", "On", "then"]
+    assert model.prompts == ["\n\n".join(told[:n]) for n in (2, 4, 6)]
+    assert story.messages[-1] == said("x ")
+    assert obey(story, "/reset") == "forgotten, but for the system text"
+    assert story.messages == []
 
 
 @pytest.mark.parametrize(
@@ -343,39 +360,62 @@ def test_chat_is_refused_before_the_work(
     assert "(2048)" in run("chat", "--help").out
 
 
-def piped(said: bytes, *arguments: str, **more: str) -> subprocess.CompletedProcess[bytes]:
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model with random weights: it is taken for one that answers."""
+    folder = tmp_path_factory.mktemp("noisy") / "model"
+    assert main(["make-tiny", "tiny", "--out", str(folder)]) == 0
+    return str(folder)
+
+
+def piped(
+    model: str | None, said: bytes, *arguments: str, **more: str
+) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "minstep", "chat", *arguments]
+    command += ["--model", model] if model else []
     environment = os.environ | {"PYTHONIOENCODING": "utf-8"} | more
     return subprocess.run(command, input=said, capture_output=True, check=False, env=environment)
 
 
-def test_piped_lines_are_answered_without_prompts_or_colours() -> None:
+def test_piped_lines_are_answered_without_prompts_or_colours(noisy: str) -> None:
     said = "Héllo\n\n/system Be brief.\n/nope\nAgain".encode()
-    ran = piped(said, "--max-tokens", "12", "--ignore-eos", "--seed", "3")
+    ran = piped(noisy, said, "--max-tokens", "12", "--ignore-eos", "--seed", "3")
     assert ran.returncode == 0
     out, err = ran.stdout.decode(), ran.stderr.decode()
     assert out.startswith("<think>\n") and out.endswith("\n</think>\n")
     assert out.count("<think>") == 2
     assert "\x1b[" not in out + err and "\ufffd" not in out
-    assert err.splitlines()[0].startswith("minstep: no --model")
     assert err.count("12 new at ") == 2 and err.count("stop: length") == 2
     assert "/nope is no command" in err and "Traceback" not in err
 
 
-def test_a_seed_gives_the_same_conversation_but_not_the_same_answer_twice() -> None:
+def test_a_seed_gives_the_same_conversation_but_not_the_same_answer_twice(noisy: str) -> None:
     arguments = (b"Hi\n/reset\nHi\n", "--max-tokens", "12", "--temp", "1", "--seed", "3")
-    first, again = piped(*arguments).stdout, piped(*arguments).stdout  # type: ignore[arg-type]
+    first, again = piped(noisy, *arguments).stdout, piped(noisy, *arguments).stdout  # type: ignore[arg-type]
     assert first == again
     answers = first.split(b"</think>\n")
     assert len(answers) == 3 and answers[0] != answers[1]
 
 
-def test_a_piped_line_that_cannot_be_answered_ends_with_two() -> None:
-    first, second = piped(b"x" * 4096 + b"\nHi\n"), piped(b"\xff\xfe\nHi\n")
+def test_the_shipped_model_says_that_it_only_continues(refused: Refused, tmp_path: Path) -> None:
+    ran = piped(None, b"The with statement\nIt", "--max-tokens", "12", "--temp", "0")
+    out, err = ran.stdout.decode(), ran.stderr.decode().splitlines()
+    assert ran.returncode == 0 and "<think>" not in out and len(out.split()) > 5
+    assert err[:2] == [SHIPPED, CONTINUES]
+    file = tmp_path / "tools.json"
+    file.write_text("[]")
+    assert piped(None, b"Hi", "--tools", str(file), "--max-tokens", "2").returncode == 0
+    file.write_text(json.dumps([TOOL]))
+    refused("chat", "--tools", file, naming=("--tools", "can_chat"))
+
+
+def test_a_piped_line_that_cannot_be_answered_ends_with_two(noisy: str) -> None:
+    first = piped(noisy, b"x" * 4096 + b"\nHi\n")
+    second = piped(noisy, b"\xff\xfe\nHi\n")
     for ran, naming in ((first, "tokens, expected at most"), (second, "cannot be encoded")):
         assert (ran.returncode, ran.stdout) == (2, b"")
         assert naming in ran.stderr.decode().splitlines()[-1]
-        assert len(ran.stderr.splitlines()) == 2
+        assert len(ran.stderr.splitlines()) == 1
 
 
 class Typist:
@@ -421,8 +461,8 @@ class Typist:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs pseudo-terminals")
-def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves() -> None:
-    typist = Typist("chat", "--max-tokens", "20000", "--ignore-eos", "--no-mtp")
+def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(noisy: str) -> None:
+    typist = Typist("chat", "--model", noisy, "--max-tokens", "20000", "--ignore-eos", "--no-mtp")
     try:
         typist.waits_for("> ")
         typist.types("Hello\r")

@@ -1,4 +1,4 @@
-"""The main stack against transformers' own Step text model, on random checkpoints of many shapes.
+"""The main stack against transformers' own Step text model: random checkpoints and the shipped.
 
 Golden data pins four configurations; here most settings are drawn. What transformers' model does
 otherwise is left out: it has one theta and one rotary share per layer kind, scales full layers
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.torch
 
 PROMPT, NEW = 40, 24  # tokens given, more than every window; tokens continued
 CASES = [(name, seed) for name in ("tiny", "odd", "no_extras") for seed in (0, 1)]
-CASES += [("drawn", seed) for seed in range(16)]
+CASES += [("drawn", seed) for seed in range(16)] + [("trained", 0)]
 RENAMED = {  # the hub's: transformers'
     ".moe.gate.": ".mlp.gate.",
     ".moe.router_bias": ".mlp.gate.e_score_correction_bias",
@@ -84,13 +84,16 @@ class Pair(NamedTuple):
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """A random checkpoint, opened, and its tensors in transformers' model."""
+    """A random checkpoint, or the shipped one, opened; and its tensors in transformers' model."""
     (name, seed), folder = request.param, tmp_path_factory.mktemp("checkpoint")
     rng = np.random.default_rng(seed)
     file = minstep.find_config("tiny" if name == "drawn" else name) / "config.json"
     raw = json.loads(file.read_text(encoding="utf-8"))
     raw = redrawn(raw, rng) if name == "drawn" else raw
-    save_random(raw, parse_config(raw), rng, folder)
+    if name == "trained":
+        folder = file.parent
+    else:
+        save_random(raw, parse_config(raw), rng, folder)
     ours = minstep.open_checkpoint(folder)
     shapes = tensor_shapes(ours.config._replace(mtp_layers=()))
     hub = {name: torch.tensor(np.array(ours.get(name, shape))) for name, shape in shapes.items()}
