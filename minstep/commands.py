@@ -123,6 +123,8 @@ def run_generate(args: Namespace) -> None:
         needed_tokenizer(args, model, "--stop")
     check_drafts(args, model.config)
     weights, rng = model.load(_drafts(args)), np.random.default_rng(args.seed)
+    if args.chat_messages and not model.config.can_chat:
+        note(CONTINUES)
     stream = StreamingText(model.tokenizer, args.stop) if model.tokenizer else None
     decoded = decode_steps(args, prompt, weights, model.config, rng)
     said = Continuation(decoded, stream, args.logprobs)
@@ -167,6 +169,8 @@ def _prompt(args: Namespace, model: Model, tools: list[Any] | None) -> list[int]
     """The prompt's tokens, from whichever flag gave it."""
     if args.tokens is not None:
         return list(args.tokens)
+    if args.prompt == "":  # a tokenizer that puts bos in front would make a token of it
+        raise InputError("the prompt is empty, expected some text")
     if args.prompt is not None:
         return encode(needed_tokenizer(args, model, "--prompt"), args.prompt)
     tokenizer = needed_tokenizer(args, model, "--chat-messages")

@@ -132,7 +132,8 @@ def test_drafts_are_shown_pass_by_pass(run: Run) -> None:
 
 
 def test_generation_stops_before_a_stop_text(run: Run) -> None:
-    arguments = ("generate", "--prompt", "Once", "--max-tokens", 60, "--json", "--ignore-eos")
+    prompt = "The with statement"
+    arguments = ("generate", "--prompt", prompt, "--max-tokens", 60, "--json", "--ignore-eos")
     whole = json.loads(run(*arguments).out)
     stop = whole["text"][4:6]
     assert stop.strip() and stop not in whole["text"][:4]
@@ -198,11 +199,11 @@ def test_a_conversation_is_answered_by_a_parsed_message(run: Run, tmp_path: Path
     with_tools = json.loads(run(*arguments, "--tools", tools).out)
     assert plain["message"]["role"] == "assistant"
     assert plain["message"]["reasoning_content"].strip("\n") == plain["text"].strip("\n")
-    tokenizer = load_tokenizer(find_config("tiny"))
+    tokenizer = load_tokenizer(find_config("trained"))
     assert tokenizer
     text = tokenizer.decode(plain["prompt_tokens"], skip_special_tokens=False)
     assert text == render([{"role": "user", "content": "Grüße"}])
-    assert len(with_tools["prompt_tokens"]) > len(plain["prompt_tokens"]) + 500
+    assert len(with_tools["prompt_tokens"]) > len(plain["prompt_tokens"]) + 300
 
 
 @pytest.mark.parametrize("name", ["tiny", "odd", "no_extras", "drafts"])
@@ -283,8 +284,9 @@ def test_wrong_tokens_are_refused(
 def test_a_wrong_prompt_is_refused(
     prompt: str, naming: tuple[str, ...], tiny: Path, refused: Refused
 ) -> None:
-    refused("generate", "--prompt", prompt, naming=naming)
     refused("generate", "--model", tiny, "--prompt", prompt, naming=naming)
+    if len(prompt) < 4097:  # the shipped tokenizer has longer tokens
+        refused("generate", "--prompt", prompt, naming=naming)
 
 
 def test_a_prompt_as_text_needs_a_tokenizer(refused: Refused) -> None:
@@ -686,8 +688,9 @@ def test_a_closed_stderr_leaves_stdout_as_it_was() -> None:
     assert ran.returncode == 0 and len(json.loads(ran.stdout)["tokens"]) == 2
 
 
-def test_json_says_the_same_text_in_any_encoding() -> None:
-    arguments = ("generate", "--prompt", "Once", "--max-tokens", "60", "--json", "--ignore-eos")
+def test_json_says_the_same_text_in_any_encoding(tiny: Path) -> None:
+    its = ("generate", "--model", str(tiny))
+    arguments = (*its, "--prompt", "Once", "--max-tokens", "60", "--json", "--ignore-eos")
     texts = []
     for encoding in ("utf-8", "ascii"):
         environment = os.environ | {"PYTHONIOENCODING": encoding}
@@ -716,9 +719,10 @@ def test_ctrl_c_while_generating_ends_the_line_and_says_what_was_done(
     assert run(*arguments, "--json") == (130, "", "")
 
 
-def test_text_that_the_output_cannot_show_is_replaced() -> None:
+def test_text_that_the_output_cannot_show_is_replaced(tiny: Path) -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    arguments = ("generate", "--prompt", "é", "--max-tokens", "40", "--temp", "2", "--ignore-eos")
+    its = ("generate", "--model", str(tiny))
+    arguments = (*its, "--prompt", "é", "--max-tokens", "40", "--temp", "2", "--ignore-eos")
     ran = process(*arguments, env=environment, stdout=subprocess.PIPE)
     assert ran.returncode == 0 and "?" in ran.stdout
 
