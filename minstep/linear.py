@@ -56,7 +56,8 @@ def linear(x: Array, weight: Weight) -> Array:
 
 def is_ready(weight: Weight, dtype: DTypeLike) -> TypeGuard[Array]:
     """Whether a weight computes in `dtype` as it is; one on a tape (see train/) is no ndarray."""
-    return getattr(weight, "dtype", None) == dtype
+    # A stored array has no dtype, and None would be equal to float64.
+    return hasattr(weight, "dtype") and weight.dtype == dtype
 
 
 def ready(weight: Weight, dtype: DTypeLike) -> Array:

@@ -217,8 +217,8 @@ def test_the_shipped_models_drafts_are_kept_and_with_the_wrong_head_they_are_not
     assert tokenizer
     documents = split(python_documents()).held_out
     texts = [encode_documents([document], tokenizer)[:-1].tolist() for document in documents]
-    prompts = beginnings(texts, 12, 64, np.random.default_rng(0))
-    right, wrong = (draft(prompts, weights, config, way, 32) for way in (AS_IT_IS, LM_HEAD))
+    prompts = beginnings(texts, 24, 64, np.random.default_rng(0))
+    right, wrong = (draft(prompts, weights, config, way, 48) for way in (AS_IT_IS, LM_HEAD))
     assert right.texts == wrong.texts
     assert worth(right)["mean_accepted"] >= 1.0
     assert worth(wrong)["mean_accepted"] < worth(right)["mean_accepted"] / 2
