@@ -205,7 +205,9 @@ class Run:
 def _asked_to_stop() -> Iterator[list[signal.Signals]]:
     """While a step runs Ctrl-C and SIGTERM only leave word here; a second Ctrl-C ends at once."""
     asked: list[signal.Signals] = []
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    # What a shell's background job was told to ignore stays ignored.
+    before = {s: handler for s, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def note(number: int, _: Any) -> None:
         asked.append(signal.Signals(number))
