@@ -85,9 +85,8 @@ def decode_steps(
     rng: np.random.Generator,
 ) -> Iterator[Step]:
     """The steps that the decoding flags ask for, with a bar while a long prompt is read."""
-    bar = Progress("prompt", len(prompt), "tokens")
     how = Sampling(args.temp, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
-    try:
+    with Progress("prompt", len(prompt), "tokens") as bar:
         yield from steps(
             prompt,
             weights,
@@ -101,8 +100,6 @@ def decode_steps(
             _drafts(args),
             bar,
         )
-    finally:
-        bar.erase()
 
 
 def _drafts(args: Namespace) -> int | None:

@@ -6,10 +6,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from minstep.chat import ChatStream, Event, Message, parse, render
+from minstep.chat import ChatStream, Event, render
 from minstep.continuation import Continuation
 from minstep.files import InputError
 from minstep.generate import Step
+from minstep.reply import PlainStream, gathered
 from minstep.terminal import Display, note, read_line, summary
 from minstep.tokenizer import StreamingText, encode
 from minstep.toolcalls import Tools
@@ -23,18 +24,6 @@ HELP = """\
 /exit         leave, as Ctrl-D does
 A line that begins with a space is sent as it is, even with a / next.
 A tool's result is a line such as <tool_response>RESULT</tool_response>."""
-
-
-class PlainStream:
-    """Takes text for what it is: content, with no tags in it."""
-
-    def feed(self, text: str) -> list[Event]:
-        """Give out what came."""
-        return [Event("content", text)]
-
-    def finish(self) -> list[Event]:
-        """Nothing was held back."""
-        return []
 
 
 class Conversation:
@@ -87,7 +76,7 @@ class Conversation:
         finally:
             self.stats = said.stats(prompt)
             if said.tokens:  # parsed anew: an interrupt may have come while `reply` was at work
-                answer = self._message(said.text + stream.finish())
+                answer = gathered(self._reader(), said.text + stream.finish())
                 self.messages += [question, answer.as_dict()]
 
     def _prompt(self, question: dict[str, Any]) -> list[int]:
@@ -97,9 +86,6 @@ class Conversation:
 
     def _reader(self) -> ChatStream | PlainStream:
         return ChatStream(self._tools)
-
-    def _message(self, text: str) -> Message:
-        return parse(text, self._tools)
 
 
 class Story(Conversation):
@@ -116,9 +102,6 @@ class Story(Conversation):
 
     def _reader(self) -> PlainStream:
         return PlainStream()
-
-    def _message(self, text: str) -> Message:
-        return Message("", text, ())
 
 
 def obey(conversation: Conversation, line: str) -> str | None:

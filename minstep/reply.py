@@ -38,12 +38,28 @@ def parse(text: str, tools: Tools = None) -> Message:
     Never raises, whatever the text. `tools` as for `render`: without them arguments stay strings.
     Checked by: tests/test_chat.py
     """
-    stream = ChatStream(tools)
+    return gathered(ChatStream(tools), text)
+
+
+def gathered(stream: "ChatStream | PlainStream", text: str) -> Message:
+    """The message in a whole text, as `stream`, a new one, reads it."""
     events = [*stream.feed(text), *stream.finish()]
     thinking = "".join(event.payload for event in events if event.kind == "thinking")
     content = "".join(event.payload for event in events if event.kind == "content")
     calls = tuple(event.payload for event in events if event.kind == "tool_call")
     return Message(thinking, content, calls)
+
+
+class PlainStream:
+    """Takes text for what it is: content, with no tags in it."""
+
+    def feed(self, text: str) -> list[Event]:
+        """Give out what came."""
+        return [Event("content", text)]
+
+    def finish(self) -> list[Event]:
+        """Nothing was held back."""
+        return []
 
 
 class ChatStream:

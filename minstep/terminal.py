@@ -22,8 +22,8 @@ class Progress:
     """A bar for work that takes longer than a moment; nothing at all where stderr is no terminal.
 
     Call it with how much is done: at `total` the line is empty again. Where the work ends before
-    that, `erase` empties it. `label` and `total` may change on the way. Amounts are shown in `unit`
-    of `scale` each.
+    that, `erase` empties it, and so does the end of a `with`. `label` and `total` may change on the
+    way. Amounts are shown in `unit` of `scale` each.
     """
 
     def __init__(self, label: str, total: int, unit: str, scale: float = 1) -> None:
@@ -45,6 +45,12 @@ class Progress:
         line = f"{self.label} {bar} {counts}" if done < self.total else ""
         print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
         self._shown = done < self.total
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.erase()
 
     def erase(self) -> None:
         """Take the bar off the line."""

@@ -86,7 +86,7 @@ def test_without_text_the_held_out_part_of_pythons_documentation_is_read(
     run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents = [Document(f"topic/{n}", f"{n}: {PROSE}") for n in range(30)]
-    monkeypatch.setattr("minstep.lab.labs.python_documents", lambda: documents)
+    monkeypatch.setattr("minstep.train.data.python_documents", lambda: documents)
     ran = run("lab", "router", "--model", model, "--tokens", 10**6, "--json")
     size = sum(len(each.text) + 2 for each in split(documents).held_out)  # a byte a token
     assert ran.code == 0 and json.loads(ran.out)["tokens"] == size - size % 512

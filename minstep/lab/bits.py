@@ -34,7 +34,7 @@ def bits_report(
     length = min(WINDOW, config.max_positions)
     bits, kinds, sizes = 0.0, dict[str, float](), dict[str, int]()
     for document in corpus.held_out:
-        size, kind = len(document.text.encode()), document.name.split("/")[0]
+        size, kind = document.nbytes, document.name.split("/")[0]
         its = size * bits_per_byte([document], tokenizer, weights, config, length, dtype)
         bits += its
         kinds[kind] = kinds.get(kind, 0.0) + its

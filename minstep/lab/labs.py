@@ -25,7 +25,8 @@ from minstep.lab.loads import layer_table, routed, router_report, router_table, 
 from minstep.lab.names import spans
 from minstep.terminal import Progress
 from minstep.tokenizer import BROKEN
-from minstep.train.data import encode_documents, file_documents, python_documents, split
+from minstep.train.data import encode_documents, read_corpus
+from minstep.train.documents import file_documents
 
 WINDOW = 512  # tokens read at once, as long as the model has positions for them
 WITH, WITHOUT = "with the router bias", "without it"
@@ -71,10 +72,10 @@ def run_lab_bits(args: Namespace) -> None:
         raise InputError(f"--out {args.out}: there is no chart of bits a byte")
     model = open_model(args.model)
     tokenizer = _tokenizer(args, model)
-    corpus = split(file_documents(args.text) if args.text else python_documents())
-    size = sum(len(document.text.encode()) for document in corpus.held_out)
+    corpus = read_corpus(args.text)
+    size = sum(document.nbytes for document in corpus.held_out)
     weights = model.load(0)
-    with _bar("reading", size, "bytes") as bar:
+    with Progress("reading", size, "bytes") as bar:
         dtype = np.dtype(args.dtype)
         report = bits_report(corpus, tokenizer, weights, model.config, dtype, bar)
     print(json.dumps(report) if args.json else bits_table(report))
@@ -93,10 +94,10 @@ def run_lab_mtp(args: Namespace) -> int:
     with _chart(args.out, "mtp.svg") as chart:
         weights, drafted = model.load(None), {}
         for way in WAYS:
-            with _bar(way.name, len(prompts), "prompts") as bar:
+            with Progress(way.name, len(prompts), "prompts") as bar:
                 ran = draft(prompts, weights, config, way, args.max_tokens, dtype, bar)
             drafted[way.name] = ran
-        with _bar("reading", sum(map(len, windows)), "tokens") as bar:
+        with Progress("reading", sum(map(len, windows)), "tokens") as bar:
             guessed = agreements(windows, weights, config, WAYS, dtype, bar)
         report = mtp_report(drafted, guessed)
         if chart:
@@ -119,7 +120,7 @@ def run_lab_router(args: Namespace) -> None:
     with _chart(args.out, "router.svg") as chart:
         weights, chosen = model.load(0), {}
         for name, its in ((WITH, weights), (WITHOUT, without_bias(weights))):
-            with _bar(name, len(tokens), "tokens") as bar:
+            with Progress(name, len(tokens), "tokens") as bar:
                 chosen[name] = routed(windows, its, config, dtype, bar)
         words = partial(_words, tokenizer)
         report = router_report(tokens, chosen[WITH], chosen[WITHOUT], weights, config, words)
@@ -159,7 +160,7 @@ def _tokenizer(args: Namespace, model: Model) -> Tokenizer:
 
 def _texts(args: Namespace, tokenizer: Tokenizer) -> list[list[int]]:
     """The token ids of each held-out document, from a bos to an eos."""
-    documents = file_documents(args.text) if args.text else split(python_documents()).held_out
+    documents = file_documents(args.text) if args.text else read_corpus().held_out
     return [encode_documents([document], tokenizer).tolist() for document in documents]
 
 
@@ -176,16 +177,6 @@ def _words(tokenizer: Tokenizer, token: int) -> str:
     """A token's text, or its number where it is no whole character."""
     text = tokenizer.decode([token], skip_special_tokens=False)
     return text if text and BROKEN not in text else f"token {token}"
-
-
-@contextmanager
-def _bar(label: str, total: int, unit: str) -> Iterator[Progress]:
-    """A bar that is gone at the end, even an early one."""
-    bar = Progress(label, total, unit)
-    try:
-        yield bar
-    finally:
-        bar.erase()
 
 
 @contextmanager

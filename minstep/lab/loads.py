@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from minstep.config import Config
 from minstep.files import InputError
+from minstep.lab.charts import LOW
 from minstep.lab.trace import Recorder, Trace
 from minstep.model import ModelWeights, decoder
 from minstep.moe import Choice
@@ -18,7 +19,6 @@ from minstep.tap import Array
 
 Counts = NDArray[np.integer[Any]]
 LEAST = 8  # times that an expert got a token, before that says anything
-LOW = 0.1  # of the fair share: an expert with less is as good as dead
 
 
 class Liking(NamedTuple):

@@ -203,7 +203,5 @@ def _run(job: Job, parts: Parts) -> None:
     tap = Recorder(trace, lambda name: name in names or name.endswith(".moe.ids"), then=then)
     weights = some_weights(job.checkpoint, {n for s in left for n in job.stages[s]})
     first, end = every.index(left[0]), every.index(left[-1]) + 1
-    try:
+    with bar:
         walk(job.tokens, weights, job.checkpoint.config, job.dtype, tap, first, state, end)
-    finally:
-        bar.erase()

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +12,6 @@ from tokenizers import Tokenizer
 from minstep.files import InputError
 from minstep.tokenizer import FRONT, encode
 from minstep.train.documents import Document, file_documents, paragraphs, python_documents, words
-
-__all__ = ["Document", "file_documents", "python_documents"]
 
 HELD_OUT = 0.05  # the share of names that are held out
 SALT = "59:"  # leaves the topics that the docs prompt with to be trained on; chosen by name alone
@@ -24,6 +23,14 @@ class Corpus(NamedTuple):
 
     train: list[Document]
     held_out: list[Document]
+
+
+def read_corpus(files: Sequence[Path] = ()) -> Corpus:
+    """The text of `files`, or that inside Python where there are none, split.
+
+    Raises InputError as file_documents, python_documents and split do.
+    """
+    return split(file_documents(files) if files else python_documents())
 
 
 def split(documents: Sequence[Document]) -> Corpus:

@@ -28,6 +28,11 @@ class Document(NamedTuple):
     name: str  # what decides which: topic/with, module/json.decoder or file/notes.txt#3
     text: str
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the text as UTF-8."""
+        return len(self.text.encode())
+
 
 def python_documents() -> list[Document]:
     """The documentation inside this Python, in an order that is the same each time.

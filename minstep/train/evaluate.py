@@ -46,4 +46,4 @@ def bits_per_byte(
             counted = start + len(window)
         done += len(tokens)
         progress(done)
-    return nats / math.log(2) / sum(len(document.text.encode()) for document in documents)
+    return nats / math.log(2) / sum(document.nbytes for document in documents)

@@ -20,8 +20,7 @@ from minstep.lab.charts import line_chart, load_chart
 from minstep.tap import Array
 from minstep.terminal import Progress
 from minstep.train.bpe import train_tokenizer
-from minstep.train.data import Corpus, encode_documents, split
-from minstep.train.documents import file_documents, python_documents
+from minstep.train.data import Corpus, encode_documents, read_corpus
 from minstep.train.evaluate import bits_per_byte
 from minstep.train.log import Row, header, line
 from minstep.train.saved import STATE, load_state, save_checkpoint, save_state, write_text
@@ -68,7 +67,7 @@ def run_train(args: Namespace) -> None:
         rows = [Row(step, tuple(losses), *others) for step, losses, *others in facts["rows"]]
     folder.mkdir(parents=True, exist_ok=True)
     every = Every(args.log_every, args.check_every, args.save_every)
-    run = Run(training, text, raw, folder, rows, its_facts, every)
+    run = Run(training, text, folder, rows, its_facts, every)
     with workers(args.processes) as pool:
         run.go(pool)
 
@@ -94,7 +93,7 @@ def _check_folder(folder: Path, resumes: bool) -> None:
 
 def _read_text(files: list[Path], config: Config) -> Text:
     """The documents, the tokenizer that is made for them, and the tokens to train on."""
-    corpus = split(file_documents(files) if files else python_documents())
+    corpus = read_corpus(files)
     tokenizer = train_tokenizer((each.text for each in corpus.train), config.vocab_size)
     return Text(corpus, tokenizer, encode_documents(corpus.train, tokenizer))
 
@@ -119,22 +118,21 @@ class Run:
         self,
         training: Training,
         text: Text,
-        raw: dict[str, Any],
         folder: Path,
         rows: list[Row],
         facts: dict[str, Any],
         every: Every,
     ) -> None:
-        self.training, self.text, self.raw, self.folder = training, text, raw, folder
+        self.training, self.text, self.folder = training, text, folder
         self.rows, self.facts, self.every = rows, facts, every
+        self.head = [*self._title(), header(len(training.config.mtp_layers))]  # of the log
         self.loads: dict[str, Array] = {}  # of the experts, between the last two rows
 
     def go(self, pool: Workers) -> None:
         """Train to the last step. Ctrl-C ends the step under way, saves, and is raised again."""
         training, steps = self.training, self.training.plan.steps
-        print(self._title(), header(len(training.config.mtp_layers)), sep="\n", flush=True)
-        bar = Progress("training", steps, "steps")
-        with _asked_to_stop() as asked:
+        print(*self.head, sep="\n", flush=True)
+        with Progress("training", steps, "steps") as bar, _asked_to_stop() as asked:
             while training.done < steps:
                 training.step(pool)
                 done = training.done
@@ -144,6 +142,7 @@ class Run:
                 bar(done)
                 if asked:
                     self.save()
+                    bar.erase()
                     message = f"saved after step {done} of {steps}: --resume goes on from there"
                     print(f"minstep: {message}", file=sys.stderr)
                     signal.raise_signal(asked[0])
@@ -173,9 +172,8 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint, the log and the charts, and last the state to go on from."""
         training, folder = self.training, self.folder
-        save_checkpoint(folder, training.tensors, self.raw, self.text.tokenizer)
-        lines = [self._title(), header(len(training.config.mtp_layers)), *map(line, self.rows)]
-        write_text(folder / "log.txt", "\n".join(lines) + "\n")
+        save_checkpoint(folder, training.tensors, self.facts["config"], self.text.tokenizer)
+        write_text(folder / "log.txt", "\n".join([*self.head, *map(line, self.rows)]) + "\n")
         if self.rows:
             write_text(folder / "loss.svg", self._losses())
         if self.loads:
@@ -184,13 +182,13 @@ class Run:
         facts = self.facts | {"rows": self.rows}
         save_state(folder, training.state(), facts)
 
-    def _title(self) -> str:
+    def _title(self) -> tuple[str, str]:
         plan = ", ".join(f"{name} {value}" for name, value in self.facts["plan"].items())
         corpus, stream = self.text.corpus, self.text.stream
-        sizes = [sum(len(each.text.encode()) for each in part) for part in corpus]
+        sizes = [sum(each.nbytes for each in part) for part in corpus]
         text = f"text: {sizes[0]:,} bytes, {len(stream):,} tokens; held out {sizes[1]:,} bytes"
         count = sum(x.size for x in self.training.tensors.values())
-        return f"{plan}\n{count:,} parameters; {text}"
+        return plan, f"{count:,} parameters; {text}"
 
     def _losses(self) -> str:
         names = ["main", *(f"MTP {k}" for k in range(1, len(self.rows[0].losses)))]

@@ -29,11 +29,14 @@ from minstep.train.gradients import (
     Part,
     Pull,
     Pulled,
+    Rule,
     add_part,
     elementwise,
     item,
     replaced,
 )
+
+EVERY: dict[Any, Rule] = {ufunc: partial(elementwise, ufunc) for ufunc in ELEMENTWISE} | RULES
 
 
 class Node:
@@ -111,10 +114,9 @@ class Variable(NDArrayOperatorsMixin):
             return NotImplemented
         if ufunc in STEPS:
             return ufunc(*map(_value, inputs))
-        if ufunc is not np.matmul and ufunc not in ELEMENTWISE:
+        if ufunc not in EVERY:
             return NotImplemented
-        rule = RULES[ufunc] if ufunc is np.matmul else partial(elementwise, ufunc)
-        result = _recorded(rule, inputs, {})
+        result = _recorded(EVERY[ufunc], inputs, {})
         if out is None:
             return result
         if (result.shape, result.dtype) != (out.shape, out.dtype):
@@ -127,9 +129,9 @@ class Variable(NDArrayOperatorsMixin):
             return function(*map(_value, inputs), **options)
         if function is np.zeros_like:
             return Variable(np.zeros_like(*map(_value, inputs), **options))
-        if function not in RULES:
+        if function not in EVERY:
             return NotImplemented
-        return _recorded(RULES[function], inputs, options)
+        return _recorded(EVERY[function], inputs, options)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NoReturn:
         raise TypeError("a Variable cannot become a plain array: its gradient would be lost")

@@ -7,10 +7,11 @@ one of them may run.
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import reduce
 from itertools import repeat
 from multiprocessing import get_context, parent_process
 from typing import Any, NamedTuple, cast
@@ -43,35 +44,37 @@ def share(
 ) -> Result:
     """Loss, gradients and counts of `sequences` [N, T], one after the other, summed.
 
-    Activations have the dtype of the tensors. What had no part in a loss, as an expert that nobody
-    chose, has a gradient of zeros.
     Checked by: tests/test_workers.py
     """
-    sums: Result | None = None
-    for tokens in sequences:
-        variables = {name: Variable(x) for name, x in tensors.items()}
-        counter = Counter(config)
-        weights = assemble(config, lambda name, _, its=variables: cast(Array, its[name]))  # type: ignore[misc]
-        dtype = tensors["model.embed_tokens.weight"].dtype
-        losses = objective(tokens.tolist(), weights, config, mtp_weight, dtype, counter)
-        backward(cast(Variable, losses.total))
-        parts = [cast(Variable, part).value for part in (losses.main, *losses.depths)]
-        gradients = {
-            name: np.zeros_like(x.value) if x.gradient is None else x.gradient
-            for name, x in variables.items()
-        }
-        result = Result(np.array(parts, np.float64), gradients, counter.counts)
-        sums = result if sums is None else added(sums, result)
-    assert sums is not None
-    return sums
+    return reduce(
+        added, (learned(each.tolist(), tensors, config, mtp_weight) for each in sequences)
+    )
+
+
+def learned(tokens: Sequence[int], tensors: Tensors, config: Config, mtp_weight: float) -> Result:
+    """Loss, gradients and counts of one sequence of T ids.
+
+    Activations have the dtype of the tensors. What had no part in the loss, as an expert that
+    nobody chose, has a gradient of zeros.
+    """
+    variables = {name: Variable(x) for name, x in tensors.items()}
+    weights = assemble(config, lambda name, _: cast(Array, variables[name]))
+    dtype, counter = tensors["model.embed_tokens.weight"].dtype, Counter(config)
+    losses = objective(tokens, weights, config, mtp_weight, dtype, counter)
+    backward(cast(Variable, losses.total))
+    parts = [cast(Variable, part).value for part in (losses.main, *losses.depths)]
+    gradients = {
+        name: np.zeros_like(x.value) if x.gradient is None else x.gradient
+        for name, x in variables.items()
+    }
+    return Result(np.array(parts, np.float64), gradients, counter.counts)
 
 
 def added(a: Result, b: Result) -> Result:
-    """The sum of two results; the gradients of the first are written over."""
-    for name, gradient in a.gradients.items():
-        a.gradients[name] = np.add(gradient, b.gradients[name])
+    """The sum of two results."""
+    gradients = {name: x + b.gradients[name] for name, x in a.gradients.items()}
     counts = {name: count + b.counts[name] for name, count in a.counts.items()}
-    return Result(a.losses + b.losses, a.gradients, counts)
+    return Result(a.losses + b.losses, gradients, counts)
 
 
 class Workers:
@@ -88,15 +91,14 @@ class Workers:
         Raises InputError where a process has ended.
         """
         parts = [sequences[n : n + SHARE] for n in range(0, len(sequences), SHARE)]
-        results = self._map(share, parts, repeat(tensors), repeat(config), repeat(mtp_weight))
+        results: Iterator[Result] = self._map(
+            share, parts, repeat(tensors), repeat(config), repeat(mtp_weight)
+        )
         try:
-            total = next(results)
-            for result in results:
-                total = added(total, result)
+            return reduce(added, results)
         except BrokenProcessPool as error:
             message = "a process that computes gradients was ended, expected memory for it"
             raise InputError(f"{message} (fewer --processes need less)") from error
-        return total
 
 
 @contextmanager
