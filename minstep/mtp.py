@@ -35,8 +35,8 @@ def mtp_depth(
         vLLM's step3p5_mtp, SGLang's Step3p5MTP and llama.cpp; the released transformers code
         ignores these layers.
     Differs: DeepSeek and MiMo feed every depth the main model's state, Step the depth before's.
-        Normed states, or `lm_head` in place of the depth's own head, leave drafts that are mostly
-        rejected.
+        `lm_head` in place of the depth's own head leaves drafts that are rejected; normed states
+        cost depths from the second on, as much as the norms' weights have learned.
     Checked by: tests/test_golden.py
     """
     embedding = rms_norm(embed(next_tokens, embed_tokens, hidden.dtype), weights.enorm, eps)

@@ -12,6 +12,7 @@ from minstep.files import InputError
 from minstep.tokenizer import byte_level_tokenizer
 from minstep.train.saved import STATE, load_state, save_checkpoint, save_state
 from minstep.weights import random_tensors
+from tests.conftest import Refused
 
 
 def test_a_checkpoint_is_bfloat16_with_float32_biases(tmp_path: Path) -> None:
@@ -51,3 +52,12 @@ def test_a_damaged_state_is_named(tmp_path: Path, end: int) -> None:
 def test_a_missing_state_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"{STATE}: is missing"):
         load_state(tmp_path)
+
+
+def test_make_tiny_does_not_take_a_trained_checkpoint_for_its_own(
+    tmp_path: Path, refused: Refused
+) -> None:
+    raw, config, _ = read_config("tiny")
+    tensors = dict(random_tensors(config, np.random.default_rng(1)))
+    save_checkpoint(tmp_path, tensors, raw, byte_level_tokenizer())
+    refused("make-tiny", "tiny", "--out", tmp_path, naming=("model.safetensors", "did not write"))

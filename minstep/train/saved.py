@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from minstep.bf16 import to_bf16
-from minstep.files import MADE_BY, InputError, atomic_file, os_reason
+from minstep.files import InputError, atomic_file, os_reason
 from minstep.lab.trace import Data, write_tensors
 from minstep.tap import Array
 
@@ -32,7 +32,7 @@ def save_checkpoint(
         for name, x in tensors.items()
     }
     with atomic_file(folder / "model.safetensors") as temporary:
-        write_tensors(temporary, data, {"format": "pt", "made_by": MADE_BY})
+        write_tensors(temporary, data, {"format": "pt"})
     said = json.dumps(raw | {"torch_dtype": "bfloat16", "can_chat": False}, indent=1)
     write_text(folder / "config.json", said + "\n")
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=False) + "\n")
