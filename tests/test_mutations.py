@@ -24,7 +24,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import minstep
-from minstep.lab.footguns import FOOTGUNS
+from minstep.lab.footguns import FOOTGUNS, UNSEEN
 from minstep.lab.trace import record
 from minstep.sampling import Sampling
 from tests import test_attention, test_cache, test_drafts, test_golden
@@ -66,10 +66,10 @@ OTHERS = {
         Mutation("exponent over head_dim, odd sizes", "rope", "dtype=dtype) / spec.rotary_dim", "dtype=dtype) / 12", "odd"),
     ],
     "shards": [
-        Mutation("found by -of-", "checkpoint", "return weight_map", 'return {n: s for n, s in weight_map.items() if "-of-" in s}', refused="is missing"),
+        Mutation(*UNSEEN["shards"][0], refused="is missing"),
     ],
     "moe_layers_enum": [
-        Mutation("never equal to its characters", "config", "moe if n in moe_layers", 'moe if n in list(keys.raw["moe_layers_enum"])', refused="mlp.gate_proj.weight is missing"),
+        Mutation(*UNSEEN["moe_layers_enum"][1], refused="mlp.gate_proj.weight is missing"),
     ],
     "beyond the list": [
         Mutation("one MTP layer for all depths", "mtp", "zip(weights.mtp, config", "zip(weights.mtp[:1] * len(weights.mtp), config", "drafts"),
@@ -148,7 +148,7 @@ def test_every_published_bug_is_planted() -> None:
 def test_layer_numbers_read_as_characters_make_the_wrong_layers_dense() -> None:
     # Single digits read the same either way: only the released model's two-digit layers show it.
     config = minstep.find_config("step-3.5-flash")
-    digits = Mutation("digits", "config", 'listed.split(",")', 'listed.replace(",", "")')
+    digits = Mutation(*UNSEEN["moe_layers_enum"][0])
 
     def moe_layers() -> list[int]:
         return [n for n, spec in enumerate(minstep.load_config(config).layers) if spec.moe]
@@ -174,6 +174,7 @@ def test_harmless_mutations_move_nothing_and_bugs_end_with_their_block() -> None
 
 # Decoding.
 
+UNCHECKED, OVERLOOKED, LEFT, STALE = UNSEEN["decoding"]
 PROPOSE = "self.states = np.concatenate((self.states, hidden))  # [rows, D]\n        text,"
 FEED = "self.states = np.concatenate((self.states, hidden))  # [rows, D]\n        known"
 TABLE = "cache.truncate(self.first)\n        table = rotations([spec], self.first,"
@@ -203,7 +204,7 @@ DRAFTS = {
     "cache": [
         Mutation("not rolled back", "mtp", "cache.truncate(self.first)", "pass"),
         Mutation("one for all depths", "mtp", "self.caches[k - 1]", "self.caches[0]"),
-        Mutation("rows from drafts kept", "mtp", "self._settle(len(tokens) - self.count - self.first)", "self._settle(len(tokens) - 1 - self.first)"),
+        Mutation(*STALE),
         Mutation("one row from a draft kept", "mtp", "self._settle(len(tokens) - self.count - self.first)", "self._settle(len(tokens) + 1 - self.count - self.first)"),
         Mutation("states of the prompt's end dropped", "mtp", "self._settle(known)", "self._settle(known); self.states = 0 * self.states"),
     ],
@@ -214,7 +215,7 @@ DRAFTS = {
 }  # fmt: skip
 # Bugs of the main model's side: the tokens change, for some count of drafts.
 TOKENS = [
-    (3, Mutation("cache not rolled back", "generate", "cache.truncate(len(tokens) + accepted)", "pass", "drafts")),
+    (3, Mutation(*LEFT, "drafts")),
     (3, Mutation("cache rolled back by one too few", "generate", "cache.truncate(len(tokens) + accepted)", "cache.truncate(min(cache.end, len(tokens) + accepted + 1))", "drafts")),
     (3, Mutation("first cache alone rolled back", "generate", "for cache in caches:\n            cache", "for cache in caches[:1]:\n            cache", "drafts")),
     (0, Mutation("positions one too far after the prompt", "model", "first = caches[0].end if caches else 0", "first = caches[0].end + (caches[0].end > 0) if caches else 0", "drafts")),
@@ -224,7 +225,7 @@ TOKENS = [
     (3, Mutation("draft verified by the first row", "sampling", "distribution(logits[j],", "distribution(logits[0],", "drafts")),
     (3, Mutation("last token from the row before", "sampling", "distribution(logits[len(drafts)],", "distribution(logits[len(drafts) - 1],")),
     (3, Mutation("first kept draft lost", "sampling", "return j, draw(rest, rng)", "return max(0, j - 1), draw(rest, rng)", "drafts")),
-    (3, Mutation("all drafts kept", "sampling", "if rng.random() >= chance:", "if False:", "drafts")),
+    (3, Mutation(*UNCHECKED, "drafts")),
     (3, Mutation("last token not run", "generate", "decoder([tokens[-1], *drafts]", "decoder([tokens[-2], *drafts]", "drafts")),
 ]  # fmt: skip
 
@@ -303,7 +304,7 @@ PROPERTIES = [
     (punished, Mutation("penalty forgets the drafts", "sampling", "[*text, *drafts[:j]]", "text")),
     (last_punished, Mutation("penalty forgets the drafts at the end", "sampling", "[*text, *drafts], how", "text, how")),
     (punished, Mutation("penalty forgets the new text", "generate", "logits, tokens, how, rng)", "logits, prompt, how, rng)")),
-    (ends, Mutation("end token among drafts not seen", "generate", "enumerate(new, start=1) if token in ends", "enumerate(new, start=1) if n == len(new) and token in ends")),
+    (ends, Mutation(*OVERLOOKED)),
     (ends, Mutation("text goes on after an end token", "generate", 'new, stop = new[:end], "eos"', 'stop = "eos"')),
     (context, Mutation("drafts past the context", "mtp", "min(self.count, self.config.max_positions - len(tokens))", "self.count")),
     (blocks, Mutation("mix not shrunk", "attention", "mixed = mixed * shrink", "mixed = mixed")),

@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike
 from minstep.config import Config
 from minstep.continuation import Continuation, Pass
 from minstep.files import InputError
-from minstep.lab.footguns import FOOTGUNS, Footgun, variant
+from minstep.lab.footguns import FOOTGUNS, IN_DRAFTER, Footgun, variant
 from minstep.model import ModelWeights, decoder, head
 
 Tokens = Sequence[int]
@@ -43,16 +43,12 @@ class Way(NamedTuple):
 
 
 NORMED, MAIN_STATE = FOOTGUNS["MTP hidden"]
-STATE = "x, layer,"  # where the Drafter hands a state to a depth
-NORM = "self.weights.norm if k == 1 else self.weights.mtp[k - 2].shared_head_norm"
-AFTER_NORM = Footgun(NORMED.bug, "mtp", STATE, f"rms_norm(x, {NORM}, eps), layer,")
-AS_IN_DEEPSEEK = Footgun(MAIN_STATE.bug, "mtp", STATE, "self.states[: len(x)], layer,")
 AS_IT_IS = Way("as it is")
 WAYS = (
     AS_IT_IS,
     Way("lm_head as every head", own_heads=False),
-    Way("states after their norm", AFTER_NORM, NORMED),
-    Way("main state to each depth", AS_IN_DEEPSEEK, MAIN_STATE),
+    Way("states after their norm", IN_DRAFTER[NORMED.bug], NORMED),
+    Way("main state to each depth", IN_DRAFTER[MAIN_STATE.bug], MAIN_STATE),
     Way("no drafts", drafts=False),
 )
 

@@ -1,20 +1,21 @@
 """Bugs that ports of this model have had, as changes of a line of the real code, and how to run it.
 
 Each is worded to follow "looks like:". One bug may stand several times, once for each way that a
-port has it, where recorded tensors differ. Bugs of loading files and of decoding are no part of
-this, since no layer can show them.
+port has it, where recorded tensors differ. Those of loading files and of decoding, which no layer
+can show, have a table of their own.
 Checked by: tests/test_footguns.py, tests/test_mutations.py
 """
 
-import builtins
 from functools import cache
-from importlib import import_module
-from importlib.resources import files
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-# The files that compute a layer and decode, in the order of their imports.
-CHAIN = ("config", "norm", "rope", "attention", "mlp", "moe", "model", "mtp", "generate", "weights")
+from minstep.lab.copies import copies, source
+
+# The files that compute a layer, decode, load and read text, in the order of their imports.
+CHAIN = (
+    "config norm rope cache attention mlp moe model sampling mtp generate weights checkpoint reply"
+).split()
 
 
 class Footgun(NamedTuple):
@@ -27,7 +28,7 @@ class Footgun(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """The modules that run a layer or decode: the real ones, or copies that share a bug."""
+    """The modules that one runs a model with: the real ones, or copies that share a bug."""
 
     config: ModuleType
     moe: ModuleType
@@ -35,32 +36,30 @@ class Variant(NamedTuple):
     mtp: ModuleType
     generate: ModuleType
     weights: ModuleType
+    checkpoint: ModuleType
+    reply: ModuleType
 
 
 @cache
 def variant(footgun: Footgun | None = None) -> Variant:
     """The package's own modules, or with a footgun private copies of those that it reaches.
 
-    The copies import each other, and the real modules never see them: variants can live side by
-    side. Raises RuntimeError unless the fragment stands in its file exactly once.
+    Raises RuntimeError as `planted` does.
     """
-    copies: dict[str, ModuleType] = {}
+    find = copies({footgun.module: planted(footgun)} if footgun else {}, CHAIN)
+    return Variant(*map(find, Variant._fields))
 
-    def find(name: str, *how: Any) -> ModuleType:
-        return copies.get(name) or __import__(name, *how)
 
-    for name in CHAIN[CHAIN.index(footgun.module) :] if footgun else ():
-        source = files("minstep").joinpath(f"{name}.py").read_text(encoding="utf-8")
-        if footgun and name == footgun.module:
-            if (count := source.count(footgun.right)) != 1:
-                message = f"{footgun.bug}: its line stands {count} times in {name}.py, expected 1"
-                raise RuntimeError(message)
-            source = source.replace(footgun.right, footgun.wrong)
-        copy = copies[f"minstep.{name}"] = ModuleType(f"minstep.{name}")
-        vars(copy)["__builtins__"] = vars(builtins) | {"__import__": find}
-        exec(compile(source, f"{name}.py of a variant", "exec"), vars(copy))
-    full = (f"minstep.{name}" for name in Variant._fields)
-    return Variant(*(copies.get(name) or import_module(name) for name in full))
+def planted(footgun: Footgun) -> str:
+    """The text of the file of a footgun with the bug in it.
+
+    Raises RuntimeError unless the fragment stands in its file exactly once.
+    """
+    text = source(footgun.module)
+    if (count := text.count(footgun.right)) != 1:
+        message = f"its line stands {count} times in {footgun.module}.py, expected 1"
+        raise RuntimeError(f"{footgun.bug}: {message}")
+    return text.replace(footgun.right, footgun.wrong)
 
 
 QK_NORM = """\
@@ -177,4 +176,33 @@ FOOTGUNS = {
         Footgun("enorm and hnorm halves swapped before eh_proj", "mtp", "(embedding, state)", "(state, embedding)"),
         Footgun("MTP depth fed the token before", "mtp", "tokens[k:],", "tokens[k - 1 : T - 1],"),
     ),
+}  # fmt: skip
+# Bugs that no layer can show: of files, of text, and of decoding.
+UNSEEN = {
+    "shards": (
+        Footgun("shards found by a pattern with -of-", "checkpoint", "return weight_map", 'return {n: s for n, s in weight_map.items() if "-of-" in s}'),
+    ),
+    "moe_layers_enum": (
+        Footgun("layer numbers read as characters", "config", 'listed.split(",")', 'listed.replace(",", "")'),
+        Footgun("layer numbers compared with characters", "config", "moe if n in moe_layers", 'moe if n in list(keys.raw["moe_layers_enum"])'),
+    ),
+    "tool calls": (
+        Footgun("rest of a piece of text dropped behind a call", "reply", "self._held = after[end + len(END_CALL) :]", 'self._held = ""'),
+    ),
+    "decoding": (
+        Footgun("drafts kept unchecked", "sampling", "if rng.random() >= chance:", "if False:"),
+        Footgun("end token looked for in the last place only", "generate", "enumerate(new, start=1) if token in ends", "enumerate(new, start=1) if n == len(new) and token in ends"),
+        Footgun("rejected drafts left in the cache", "generate", "cache.truncate(len(tokens) + accepted)", "pass"),
+        Footgun("rows computed from drafts never computed again", "mtp", "self._settle(len(tokens) - self.count - self.first)", "self._settle(len(tokens) - 1 - self.first)"),
+    ),
+}  # fmt: skip
+# Where a bug of mtp_forward needs another line to be in the Drafter too, which decodes: by bug.
+IN_DRAFTER = {
+    footgun.bug: footgun
+    for footgun in (
+        Footgun("hidden passed between MTP depths after the norm", "mtp", "x, layer,", "rms_norm(x, self.weights.norm if k == 1 else self.weights.mtp[k - 2].shared_head_norm, eps), layer,"),
+        Footgun("main model's state fed to every MTP depth", "mtp", "x, layer,", "self.states[: len(x)], layer,"),
+        Footgun("norm before an MTP head applied twice", "mtp", "mtp_head(x[-1:],", "mtp_head(rms_norm(x[-1:], self.weights.mtp[k - 1].shared_head_norm, self.config.rms_norm_eps),"),
+        Footgun("MTP depth fed the token before", "mtp", "text[self.first + k :]", "text[self.first + k - 1 : -1]"),
+    )
 }  # fmt: skip
