@@ -1,4 +1,4 @@
-"""What the text of an argument stands for: each function is a `type` of argparse's."""
+"""Commands of the parser, and what the text of an argument stands for: `type`s of argparse's."""
 
 import argparse
 import re
@@ -8,6 +8,16 @@ from pathlib import Path
 from typing import Any
 
 FLOATS: dict[str, Any] = {"choices": ("float32", "float64"), "default": "float32"}
+
+
+def add_command(
+    parsers: Any, name: str, run: Callable[..., int | None], text: str, example: str
+) -> Any:
+    """A parser for the command `name`, which `run` runs, with an example in its help."""
+    epilog = f"example: minstep {example}"
+    added = parsers.add_parser(name, help=text, description=text, epilog=epilog, allow_abbrev=False)
+    added.set_defaults(run=run)
+    return added
 
 
 def given_or_read(text: str) -> str:

@@ -13,10 +13,20 @@ from typing import Any, NoReturn
 import numpy as np
 
 from minstep import commands
-from minstep.arguments import FLOATS, at_least, given_or_read, not_empty, number, path, token_ids
+from minstep.arguments import (
+    FLOATS,
+    add_command,
+    at_least,
+    given_or_read,
+    not_empty,
+    number,
+    path,
+    token_ids,
+)
 from minstep.files import InputError, abandon_stdout, os_reason
 from minstep.lab.flags import add_lab_commands
 from minstep.lab.labs import add_labs
+from minstep.lab.view import add_view
 from minstep.terminal import harmless
 from minstep.train.flags import add_train
 
@@ -120,12 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     listed = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[..., int | None], text: str, example: str) -> Any:
-        epilog = f"example: minstep {name} {example}"
-        added = listed.add_parser(
-            name, help=text, description=text, epilog=epilog, allow_abbrev=False
-        )
-        added.set_defaults(run=run)
-        return added
+        return add_command(listed, name, run, text, f"{name} {example}")
 
     example = '--prompt "Once" --max-tokens 20'
     add = command("generate", commands.run_generate, "continue a prompt", example)
@@ -144,4 +149,5 @@ def _parser() -> argparse.ArgumentParser:
     add_train(command)
     add_lab_commands(command)
     add_labs(command)
+    add_view(command)
     return parser

@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from minstep.chat import parse, render
-from minstep.checkpoint import open_checkpoint
+from minstep.checkpoint import Checkpoint, open_checkpoint
 from minstep.config import Config
 from minstep.configs import find_config
 from minstep.continuation import Continuation
@@ -40,6 +40,7 @@ class Model(NamedTuple):
     load: Callable[[int | None], ModelWeights]
     config: Config
     tokenizer: Tokenizer | None
+    checkpoint: Checkpoint
 
 
 def open_model(path: Path | None) -> Model:
@@ -52,16 +53,27 @@ def open_model(path: Path | None) -> Model:
             print(SHIPPED, file=sys.stderr)
         return checkpoint.weights(depths)
 
-    return Model(load, checkpoint.config, load_tokenizer(folder))
+    return Model(load, checkpoint.config, load_tokenizer(folder), checkpoint)
 
 
-def needed_tokenizer(args: Namespace, model: Model, flag: str) -> Tokenizer:
+def needed_tokenizer(
+    args: Namespace, tokenizer: Tokenizer | None, flag: str, command: str = "generate"
+) -> Tokenizer:
     """The tokenizer, which `flag` cannot do without."""
-    if model.tokenizer is None:
+    if tokenizer is None:
         file = args.model / "tokenizer.json"
-        without = "generate --tokens does without"
+        without = f"{command} --tokens does without"
         raise InputError(f"{file}: is missing, expected for {flag} ({without})")
-    return model.tokenizer
+    return tokenizer
+
+
+def prompt_tokens(args: Namespace, tokenizer: Tokenizer | None, command: str) -> list[int]:
+    """The prompt's tokens, from --tokens or --prompt. Raises InputError where it has no text."""
+    if args.tokens is not None:
+        return list(args.tokens)
+    if args.prompt == "":  # a tokenizer that puts bos in front would make a token of it
+        raise InputError("the prompt is empty, expected some text")
+    return encode(needed_tokenizer(args, tokenizer, "--prompt", command), args.prompt)
 
 
 def read_tools(file: Path | None) -> list[Any] | None:
@@ -117,7 +129,7 @@ def run_generate(args: Namespace) -> None:
     prompt = _prompt(args, model, tools)
     check_prompt(prompt, model.config)
     if args.stop:
-        needed_tokenizer(args, model, "--stop")
+        needed_tokenizer(args, model.tokenizer, "--stop")
     check_drafts(args, model.config)
     weights, rng = model.load(_drafts(args)), np.random.default_rng(args.seed)
     if args.chat_messages and not model.config.can_chat:
@@ -164,13 +176,9 @@ def _result(
 
 def _prompt(args: Namespace, model: Model, tools: list[Any] | None) -> list[int]:
     """The prompt's tokens, from whichever flag gave it."""
-    if args.tokens is not None:
-        return list(args.tokens)
-    if args.prompt == "":  # a tokenizer that puts bos in front would make a token of it
-        raise InputError("the prompt is empty, expected some text")
-    if args.prompt is not None:
-        return encode(needed_tokenizer(args, model, "--prompt"), args.prompt)
-    tokenizer = needed_tokenizer(args, model, "--chat-messages")
+    if args.chat_messages is None:
+        return prompt_tokens(args, model.tokenizer, "generate")
+    tokenizer = needed_tokenizer(args, model.tokenizer, "--chat-messages")
     messages = read_json(args.chat_messages, list)
     try:
         text = render(messages, tools)
@@ -184,7 +192,7 @@ def run_chat(args: Namespace) -> None:
     if sys.stdin is None:
         raise InputError("stdin is closed, expected the lines of a conversation")
     model = open_model(args.model)
-    tokenizer = needed_tokenizer(args, model, "chat")
+    tokenizer = needed_tokenizer(args, model.tokenizer, "chat")
     tools = read_tools(args.tools)
     if tools and not model.config.can_chat:
         raise InputError(f"--tools {args.tools}: the model only continues text (can_chat is false)")

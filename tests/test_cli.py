@@ -1,12 +1,15 @@
 """The command line: what each command prints and writes, and how it refuses in one line."""
 
+import argparse
 import errno
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import minstep.lab.commands
 import minstep.save
 from minstep import find_config, load_config
 from minstep.chat import render
+from minstep.cli import _parser
 from minstep.tokenizer import load_tokenizer
 from minstep.weights import tensor_shapes
 from tests.conftest import GOLDEN, Refused, Run
@@ -236,11 +240,31 @@ def test_make_tiny_takes_a_name_a_folder_or_a_file(tmp_path: Path, run: Run) -> 
     assert ran.code == 0
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "trace", "make-tiny", "inspect"])
-def test_the_help_of_each_command_has_an_example(command: str, run: Run) -> None:
-    ran = run(command, "--help")
-    assert ran.code == 0 and f"example: minstep {command} " in " ".join(ran.out.split())
-    assert command in run("--help").out
+def commands(*before: str) -> Iterator[tuple[str, ...]]:
+    """Every command of the parser, those of commands too."""
+    parser = _parser()
+    for word in before:
+        parser = inner(parser)[word]
+    for word in inner(parser):
+        yield (*before, word)
+        yield from commands(*before, word)
+
+
+def inner(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The commands that a parser has itself, each with its own."""
+    actions = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return dict(actions[0].choices) if actions else {}
+
+
+@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
+def test_the_help_of_each_command_has_an_example_that_parses(
+    command: tuple[str, ...], run: Run
+) -> None:
+    ran = run(*command, "--help")
+    text = " ".join(ran.out.split())
+    _, given, example = text.partition("example: minstep ")
+    assert ran.code == 0 and given and f"{example} ".startswith(f"{' '.join(command)} ")
+    assert _parser().parse_args(shlex.split(example)).run
 
 
 # What is wrong
@@ -375,7 +399,7 @@ def test_a_tokenizer_of_another_model_is_refused_by_its_token(tiny: Path, refuse
         (("generate", "--tokens", "4", "--chat-messages", "x"), ("--chat-messages", "--tokens")),
         (("generate", "--tokens", "4", "--dtype", "float16"), ("--dtype", "float16", "float64")),
         (("generate", "--tokens", "4", "a\nb"), ("unrecognized", "a b")),
-        (("trace", "--tokens", "4"), ("--model", "--out")),
+        (("trace", "--tokens", "4"), ("--out",)),
         (("make-tiny", "tiny"), ("--out",)),
         (("make-tiny", "tiny", "--out", "x", "--shards", "0"), ("--shards", "0")),
         (("make-tiny", "tiny", "--out", "x", "--dtype", "float64"), ("--dtype", "bfloat16")),

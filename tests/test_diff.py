@@ -564,7 +564,7 @@ BAD = {
     "other token": ("another prompt: token 3 is 1, expected", "ours.safetensors"),
     "longer": ("another prompt: 13 tokens, expected 12", "ours.safetensors"),
     "rows": ("another prompt: 5 rows, expected 12", "ours.safetensors"),
-    "nothing in common": ("no tensor in common", "188 such as model.embed_tokens", "zebra"),
+    "nothing in common": ("no tensor in common", "196 such as model.embed_tokens", "zebra"),
     "no tensors": ("no tensor in common", "theirs.safetensors none"),
     "tokens": ("theirs.safetensors: metadata tokens is '[1, ', expected a JSON list",),
 }

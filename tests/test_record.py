@@ -82,6 +82,7 @@ def test_without_choosing_it_is_the_whole_trace_but_probabilities(
     facts = json.loads(metadata.pop("model"))
     config = minstep.load_config(folder)
     assert (facts["hidden_size"], facts["layers"]) == (config.hidden_size, len(config.layers))
+    assert len(json.loads(metadata.pop("layers"))) == len(config.layers + config.mtp_layers)
     assert metadata == {"tokens": json.dumps(prompt), "order": json.dumps(order), "dtype": dtype}
 
 

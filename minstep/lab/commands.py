@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 
 from minstep.checkpoint import open_checkpoint
+from minstep.commands import open_model, prompt_tokens
 from minstep.config import load_config
 from minstep.configs import find_config, read_config
+from minstep.continuation import Continuation
 from minstep.files import InputError, atomic_file, check_space
-from minstep.generate import check_prompt
+from minstep.generate import check_prompt, steps
 from minstep.keys import read_json
 from minstep.lab.bench import bench_lines, bench_moe
 from minstep.lab.checks import Checks, check_layers, checkable, checks_json, checks_table
 from minstep.lab.diff import Report, as_json, diff, diff_table, layer_of, verdict
+from minstep.lab.facts import metadata
 from minstep.lab.inspect import inspect, table
 from minstep.lab.names import split
 from minstep.lab.record import plan, record_file
@@ -34,35 +37,38 @@ from minstep.lab.shards import (
 from minstep.lab.trace import record, save_trace
 from minstep.save import Form, needed_space, save_random
 from minstep.terminal import note
-from minstep.tokenizer import encode, load_tokenizer
+from minstep.tokenizer import load_tokenizer
 from minstep.weights import tensor_shapes
 
 
 def run_trace(args: Namespace) -> None:
-    """Write every named tensor of a forward pass."""
-    checkpoint = open_checkpoint(args.model)
-    check_prompt(args.tokens, checkpoint.config)
-    if checkpoint.owns(args.out):
+    """Write every named tensor of a forward pass over the prompt and what greedily follows it."""
+    model = open_model(args.model)
+    tokens = prompt_tokens(args, model.tokenizer, "trace")
+    check_prompt(tokens, model.config)
+    if model.checkpoint.owns(args.out):
         raise InputError(f"{args.out}: belongs to the checkpoint, expected another file")
-    depths = checkpoint.config.mtp_layers[: len(args.tokens) - 1]  # those that have a position
-    config = checkpoint.config._replace(mtp_layers=depths)
+    dtype, rng = np.dtype(args.dtype), np.random.default_rng(0)  # greedy steps draw nothing
     with atomic_file(args.out) as temporary:  # first, so that a bad path is refused before the work
-        weights = checkpoint.weights(len(depths))
-        trace = record(args.tokens, weights, config, np.dtype(args.dtype))
-        save_trace(trace, args.tokens, temporary)
+        # without drafts, MTP layers are only read where they have a position
+        weights = model.load(None if args.max_tokens else len(tokens) - 1)
+        config = model.config._replace(mtp_layers=model.config.mtp_layers[: len(weights.mtp)])
+        said = Continuation(steps(tokens, weights, config, rng, args.max_tokens, dtype=dtype))
+        for _ in said:
+            pass
+        tokens += said.tokens
+        trace = record(tokens, weights, config, dtype)
+        passes = said.passes if said.tokens else []
+        facts = metadata(model.config, model.tokenizer, tokens, passes)
+        save_trace(trace, tokens, facts, temporary)
 
 
 def run_record(args: Namespace) -> None:
     """Write chosen tensors of chosen layers, a layer at a time."""
-    checkpoint, tokens = open_checkpoint(args.model), args.tokens
+    checkpoint = open_checkpoint(args.model)
     if checkpoint.owns(args.out):
         raise InputError(f"{args.out}: belongs to the checkpoint, expected another file")
-    if tokens is None:
-        tokenizer = load_tokenizer(args.model)
-        if tokenizer is None:
-            message = "is missing, expected for --prompt (record --tokens does without)"
-            raise InputError(f"{args.model / 'tokenizer.json'}: {message}")
-        tokens = encode(tokenizer, args.prompt)
+    tokens = prompt_tokens(args, load_tokenizer(args.model), "record")
     layers = numbered(args.layers, checkpoint.config, "--layers") if args.layers else None
     job = plan(checkpoint, tokens, np.dtype(args.dtype), layers, args.names, args.input)
     record_file(job, args.out, lambda text: note(f"minstep: {text}"))
@@ -99,7 +105,7 @@ def run_inspect(args: Namespace) -> None:
         numbers = numbered(ranges, load_config(folder), flag)
         report, show = layers_report(openable(folder, numbers), numbers), layers_table
     else:
-        report = inspect(folder)
+        report = inspect(folder) | {"path": args.model}  # as given: a shipped one lies anywhere
     print(json.dumps(report) if args.json else show(report))
 
 

@@ -57,10 +57,12 @@ def _add_looking(command: Command) -> None:
 
 
 def _add_recording(command: Command) -> None:
-    example = "--model DIR --tokens 5,17,9 --out trace.safetensors"
+    example = '--prompt "The with statement" --max-tokens 24 --out trace.safetensors'
     add = command("trace", run_trace, "write every named tensor", example)
-    add.add_argument("--model", type=path, required=True, metavar="DIR")
-    add.add_argument("--tokens", type=token_ids, required=True, metavar="IDS")
+    add.add_argument("--model", type=path, metavar="DIR", help="checkpoint in hub layout")
+    _prompt_flags(add)
+    text = "continue the prompt by at most N tokens, greedily and with drafts, and trace it all (0)"
+    add.add_argument("--max-tokens", type=at_least(0), default=0, metavar="N", help=text)
     add.add_argument("--dtype", **FLOATS)
     add.add_argument("--out", type=path, required=True, metavar="FILE.safetensors")
 
@@ -68,9 +70,7 @@ def _add_recording(command: Command) -> None:
     example = "--model DIR --tokens 5,17,9 --layers 0-5 --out layers.safetensors"
     add = command("record", run_record, text, example)
     add.add_argument("--model", type=path, required=True, metavar="DIR")
-    prompt = add.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--tokens", type=token_ids, metavar="IDS", help="the prompt as token ids")
-    prompt.add_argument("--prompt", type=given_or_read, metavar="TEXT", help="the prompt as text")
+    _prompt_flags(add)
     text = "layers to record, such as 0-17,45 (all of the model)"
     add.add_argument("--layers", type=layer_ranges, action="extend", help=text)
     text = "tensors to record; may be given several times (all but attention probabilities)"
@@ -93,6 +93,12 @@ def _add_recording(command: Command) -> None:
     add.add_argument("--only", action="append", default=[], metavar="GLOB", help=text)
     text = "write only the first N experts; no router chooses the others"
     add.add_argument("--experts", type=at_least(1), metavar="N", help=text)
+
+
+def _prompt_flags(add: argparse.ArgumentParser) -> None:
+    prompt = add.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--tokens", type=token_ids, metavar="IDS", help="the prompt as token ids")
+    prompt.add_argument("--prompt", type=given_or_read, metavar="TEXT", help="the prompt as text")
 
 
 def _add_comparing(command: Command) -> None:

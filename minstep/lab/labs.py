@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from minstep.arguments import FLOATS, at_least, path
+from minstep.arguments import FLOATS, add_command, at_least, path
 from minstep.commands import Model, open_model
 from minstep.config import Config
 from minstep.files import InputError, atomic_file
 from minstep.lab.acceptance import WAYS, agreements, beginnings, draft, mtp_report, mtp_table
 from minstep.lab.bits import bits_report, bits_table
 from minstep.lab.charts import bar_chart, load_chart
+from minstep.lab.facts import text_of
 from minstep.lab.loads import layer_table, routed, router_report, router_table, without_bias
 from minstep.lab.names import spans
 from minstep.terminal import Progress
-from minstep.tokenizer import BROKEN
 from minstep.train.data import encode_documents, read_corpus
 from minstep.train.documents import file_documents
 
@@ -38,9 +38,7 @@ def add_labs(command: Callable[..., Any]) -> None:
     labs = command("lab", run_lab_mtp, text, "mtp").add_subparsers(required=True, metavar="LAB")
 
     def lab(name: str, run: Callable[..., int | None], text: str) -> Any:
-        epilog = f"example: minstep lab {name} --json"
-        add = labs.add_parser(name, help=text, description=text, epilog=epilog, allow_abbrev=False)
-        add.set_defaults(run=run)
+        add = add_command(labs, name, run, text, f"lab {name} --json")
         add.add_argument("--model", type=path, metavar="DIR", help="checkpoint in hub layout")
         text = "held-out text of your own (part of Python's documentation)"
         add.add_argument("--text", type=path, nargs="+", metavar="FILE", help=text)
@@ -71,7 +69,7 @@ def run_lab_bits(args: Namespace) -> None:
     if args.out:
         raise InputError(f"--out {args.out}: there is no chart of bits a byte")
     model = open_model(args.model)
-    tokenizer = _tokenizer(args, model)
+    tokenizer = text_tokenizer(args, model)
     corpus = read_corpus(args.text)
     size = sum(document.nbytes for document in corpus.held_out)
     weights = model.load(0)
@@ -87,7 +85,7 @@ def run_lab_mtp(args: Namespace) -> int:
     config, dtype = model.config, np.dtype(args.dtype)
     if not config.mtp_layers:
         raise InputError("the model has no MTP layers, expected one that drafts")
-    texts = _texts(args, _tokenizer(args, model))
+    texts = _texts(args, text_tokenizer(args, model))
     rng, length = np.random.default_rng(args.seed), args.prompt_tokens
     prompts = beginnings([text[:-1] for text in texts], args.prompts, length, rng)  # but for eos
     windows = _windows(texts, args.tokens, config)
@@ -114,7 +112,7 @@ def run_lab_router(args: Namespace) -> None:
     if args.layer is not None and args.layer not in numbers:
         listed = ", ".join(spans(numbers)) or "another model"
         raise InputError(f"--layer {args.layer}: no MoE layer, expected one of {listed}")
-    tokenizer = _tokenizer(args, model)
+    tokenizer = text_tokenizer(args, model)
     windows = _windows(_texts(args, tokenizer), args.tokens, config)
     tokens = [token for window in windows for token in window]
     with _chart(args.out, "router.svg") as chart:
@@ -152,7 +150,8 @@ def router_chart(report: dict[str, Any]) -> str:
     return load_chart("How many tokens each expert gets", loads)
 
 
-def _tokenizer(args: Namespace, model: Model) -> Tokenizer:
+def text_tokenizer(args: Namespace, model: Model) -> Tokenizer:
+    """The tokenizer, which text is read with. Raises InputError where there is none."""
     if model.tokenizer is None:
         raise InputError(f"{args.model}: has no tokenizer.json, expected one to read text with")
     return model.tokenizer
@@ -175,8 +174,7 @@ def _windows(texts: Sequence[list[int]], most: int, config: Config) -> list[list
 
 def _words(tokenizer: Tokenizer, token: int) -> str:
     """A token's text, or its number where it is no whole character."""
-    text = tokenizer.decode([token], skip_special_tokens=False)
-    return text if text and BROKEN not in text else f"token {token}"
+    return text_of(tokenizer, token) or f"token {token}"
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from minstep.config import Config
 from minstep.files import InputError
 from minstep.generate import check_prompt
 from minstep.lab.choice import before, choose
+from minstep.lab.facts import metadata
 from minstep.lab.inspect import expected
 from minstep.lab.parts import Parts, open_parts
 from minstep.lab.recording import open_recording
@@ -166,8 +167,8 @@ def _metadata(job: Job) -> dict[str, str]:
     config = job.checkpoint.config
     facts = {key: getattr(config, key) for key in ("hidden_size", "vocab_size", "torch_dtype")}
     facts |= {"layers": len(config.layers), "mtp_layers": len(config.mtp_layers)}
-    dtype = np.dtype(job.dtype).name
-    return described(job.tokens, job.names, dtype=dtype, model=json.dumps(facts))
+    said = {"dtype": np.dtype(job.dtype).name, "model": json.dumps(facts)}
+    return described(job.tokens, job.names, **said, **metadata(config, None, job.tokens, []))
 
 
 def _run(job: Job, parts: Parts) -> None:

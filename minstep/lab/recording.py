@@ -53,8 +53,10 @@ class Recording:
         tokens: list[int] | None = None,
         engine_dtype: str | None = None,
         mapped: Map | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path, self.stored, self.tokens, self._mapped = path, stored, tokens, mapped
+        self.metadata = metadata or {}
         self.forms = stored_forms(path, {name: x.shape for name, x in stored.items()})
         self.engine_dtype = engine_dtype or _least_precise(stored.values())
         self.rows = len(tokens) if tokens else self._rows()
@@ -176,7 +178,8 @@ def open_recording(path: Path) -> Recording:
         flat = np.frombuffer(mapped, STORED[tensor.dtype], count, tensor.offset)
         shaped = flat.reshape(tensor.shape)
         stored[name] = BF16Array(shaped) if tensor.dtype == "BF16" else shaped
-    return Recording(path, stored, _tokens(path, metadata), _engine(path, metadata), mapped)
+    tokens, engine = _tokens(path, metadata), _engine(path, metadata)
+    return Recording(path, stored, tokens, engine, mapped, metadata)
 
 
 def _dtype(x: Stored) -> str:

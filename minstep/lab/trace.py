@@ -19,6 +19,7 @@ from minstep.tap import Array, ScopedTap, Tap
 Trace = dict[str, Array]
 CODES = {"float32": "F32", "float64": "F64", "int64": "I64"}  # safetensors' names of dtypes
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+MOST_PROBS = 1 << 26  # attention probabilities kept of every layer: 256 MB in float32
 
 
 class Recorder(ScopedTap):
@@ -131,13 +132,16 @@ def record(
     """Run the main model over the sequence, then each MTP depth with the true next tokens.
 
     Returns every named tensor: names are the checkpoint's module paths. Attention probabilities
-    [H, T, S] are kept for the first layer of each kind and the last, since they grow with T * T.
-    Raises InputError for a bad prompt, and for a tensor that is not finite.
+    [H, T, S] grow with T * T: where those of all layers are more than MOST_PROBS, they are kept for
+    the first main layer of each kind and the last. Raises InputError for a bad prompt, and for a
+    tensor that is not finite.
     """
     check_prompt(tokens, config)
-    kinds = [spec.kind for spec in config.layers]
-    shown = {kinds.index(kind) for kind in kinds} | {len(kinds) - 1}
-    probs = {f"{config.layers[n].name}.self_attn.probs" for n in shown}
+    every, kinds = config.layers + config.mtp_layers, [spec.kind for spec in config.layers]
+    shown = [*{kinds.index(kind) for kind in kinds}, len(kinds) - 1]
+    if sum(spec.heads for spec in every) * len(tokens) ** 2 <= MOST_PROBS:
+        shown = [*range(len(every))]
+    probs = {f"{every[n].name}.self_attn.probs" for n in shown}
     trace: Trace = {}
     tap = Recorder(trace, lambda name: not name.endswith(".probs") or name in probs)
     walk(tokens, weights, config, dtype, tap)
@@ -175,9 +179,9 @@ def described(tokens: Sequence[int], order: Sequence[str], **facts: str) -> dict
     return {"format": "minstep-trace", "engine": "minstep"} | lists | facts
 
 
-def save_trace(trace: Trace, tokens: Sequence[int], path: Path) -> None:
-    """Write the trace to `path`, its metadata as `described`. Raises OSError."""
+def save_trace(trace: Trace, tokens: Sequence[int], facts: dict[str, str], path: Path) -> None:
+    """Write the trace to `path`, its metadata as `described`, with `facts`. Raises OSError."""
     dtypes = {x.dtype.name for x in trace.values() if x.dtype.kind == "f"}
-    facts = {"dtype": dtypes.pop()} if len(dtypes) == 1 else {}
+    dtype = {"dtype": dtypes.pop()} if len(dtypes) == 1 else {}
     tensors = {name: Data.of(x) for name, x in trace.items()}
-    write_tensors(path, tensors, described(tokens, list(trace), **facts))
+    write_tensors(path, tensors, described(tokens, list(trace), **dtype, **facts))
