@@ -10,8 +10,6 @@ import pytest
 
 from minstep.lab.charts import (
     BARS,
-    DASHES,
-    INKS,
     LEFT,
     PLOT_HEIGHT,
     PLOT_WIDTH,
@@ -21,6 +19,7 @@ from minstep.lab.charts import (
     line_chart,
     load_chart,
 )
+from minstep.lab.page import DASHES, INKS
 from minstep.tap import Array
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -246,3 +245,36 @@ def test_charts_of_nothing_or_of_too_much_are_refused() -> None:
     for counts in (np.array([-1, 2]), np.ones((2, 2))):
         with pytest.raises(ValueError, match="count of 0 or more"):
             load_chart("t", {"on": {"layers.2": counts}})
+
+
+def test_a_logarithmic_axis_has_a_tick_at_each_power_of_its_base() -> None:
+    curve = [(4.0**n, 10.0 ** (n - 2)) for n in range(3, 10)]
+    svg = line_chart("t", {"a": curve}, "x", "y", bases=(4, 10))
+    places = points_of(svg, 0)
+    assert places[:, 0] == pytest.approx(np.linspace(LEFT, LEFT + PLOT_WIDTH, 7), abs=0.06)
+    assert places[:, 1] == pytest.approx(np.linspace(TOP + PLOT_HEIGHT, TOP, 7), abs=0.06)
+    assert {"64", "4,096", "262,144", "10", "10,000", "1M", "10M"} <= set(texts(svg))
+    tiny = line_chart("t", {"a": [(1.0, 0.004), (2.0, 0.02)]}, "x", "y", bases=(0, 10))
+    assert {"0.001", "0.01", "0.1"} <= set(texts(tiny))
+    for bad in (0.0, -1.0):
+        with pytest.raises(ValueError, match="expected numbers above 0"):
+            line_chart("t", {"a": [(1.0, 1.0), (2.0, bad)]}, "x", "y", bases=(0, 10))
+
+
+def test_marks_lie_at_their_value_and_their_words_cross_no_other_mark() -> None:
+    x_marks = {"a long name of the first": 4.0, "second": 6.0, "at the very right end": 10.0}
+    y_marks = {"upper": 5.2, "lower": 5.0, "low": 1.0}
+    curve = {"a": [(0.0, 0.0), (10.0, 10.0)]}
+    svg = line_chart("t", curve, "x", "y", x_marks=x_marks, y_marks=y_marks)
+    paths = [mark.get("d") for mark in marks(svg, "mark")]
+    upright = [LEFT + PLOT_WIDTH * x / 10 for x in x_marks.values()]
+    level = [TOP + PLOT_HEIGHT * (1 - y / 10) for y in y_marks.values()]
+    assert paths == [f"M{x:.1f} {TOP}v{PLOT_HEIGHT}" for x in upright] + [
+        f"M{LEFT} {y:.1f}h{PLOT_WIDTH}" for y in level
+    ]
+    found = {e.text: e for e in figure(svg).iter(f"{SVG}text")}
+    for words, is_right in zip(x_marks, (False, True, False), strict=True):
+        assert (found[words].get("class") == "over") is is_right, words
+    assert len({found[words].get("y") for words in x_marks}) == 3
+    for words, y, is_above in zip(y_marks, level, (True, False, False), strict=True):
+        assert (float(found[words].get("y", 0)) < y) is is_above, words

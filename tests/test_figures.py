@@ -1,17 +1,14 @@
-"""The figures: what the committed file shows is what the config says, and it fits its canvas."""
+"""The block diagram: what it shows is what the config says, and it fits its canvas."""
 
 import re
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import pytest
 
 from minstep.config import load_config
 from minstep.configs import find_config, shipped_folder
-from minstep.files import InputError
-from minstep.lab.figures import HEIGHT, WIDTH, model_svg, write_figures
+from minstep.lab.figures import HEIGHT, WIDTH, model_svg
 
-DOCS = Path(__file__).parent.parent / "docs"
 NAMES = sorted(path.parent.name for path in shipped_folder().glob("*/config.json"))
 SVG = "{http://www.w3.org/2000/svg}"
 WIDEST = {"title": 10.5}  # units per character in a wide font; 6.8 in other classes
@@ -19,16 +16,6 @@ WIDEST = {"title": 10.5}  # units per character in a wide font; 6.8 in other cla
 
 def draw(name: str) -> ElementTree.Element:
     return ElementTree.fromstring(model_svg(load_config(find_config(name))))
-
-
-def test_the_committed_figure_is_what_the_code_draws(tmp_path: Path) -> None:
-    (path,) = write_figures(tmp_path)
-    assert path.read_bytes() == (DOCS / "model.svg").read_bytes()
-
-
-def test_a_missing_folder_is_an_input_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be written"):
-        write_figures(tmp_path / "missing")
 
 
 def test_the_released_models_numbers_are_in_the_figure() -> None:

@@ -1,6 +1,5 @@
 """Charts of what was measured, as SVG text: lines, grouped bars, and the load of each expert.
 
-Series differ by dashes or outline and stand in one order, so that colour is never needed.
 Checked by: tests/test_charts.py
 """
 
@@ -9,61 +8,50 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from minstep.lab.svg import Colours, document, rect, text
+from minstep.lab.axes import ROUNDING, Axis, axis
+from minstep.lab.page import INKS, page, widest
+from minstep.lab.svg import rect, text
 from minstep.tap import Array
 
 Point = tuple[float, float]
 PLOT_WIDTH, PLOT_HEIGHT, LEFT, TOP, BELOW = 560, 300, 72, 60, 58  # in units of the canvas
-LETTER, TITLE_LETTER = 6.8, 10.5  # the width of a wide font's characters
 POINTS = 600  # drawn of one line, at most
-ROUNDING = 1e-9  # of what is drawn
 ROW, BARS, WORDS = 54, 40, 170  # of the load chart: row, highest bar, and what is said beside
 LOW, MOST = 0.1, 4.0  # multiples of the fair share: below is marked, above is cut off
-INKS = (
-    *(("#2563c9", "#6cb0ff"), ("#b45309", "#f0a13a"), ("#6f36d9", "#c4a7ff")),
-    *(("#d6246e", "#ff4f93"), ("#1a7f37", "#3fb950"), ("#59636e", "#9198a1")),
-)
-DASHES = ("none", "8 4", "2 3", "12 3 2 3", "5 2", "1 5")
-KINDS: Colours = {  # the chart's own classes: fill and stroke on a light page and on a dark one
-    ".grid": ("none", "#d8dee4", "none", "#2a3038"),
-    ".low": ("#fbd3e2", "none", "#5c1736", "none"),
-    ".fair": ("none", "#1f2328", "none", "#e6edf3"),
-    ".tenth": ("none", "#d6246e", "none", "#ff4f93"),
-    ".cut": ("#ffffff", "none", "#0d1117", "none"),
-    **{f".curve.s{n}": ("none", light, "none", dark) for n, (light, dark) in enumerate(INKS)},
-    **{f".bar.s{n}": (light, light, dark, dark) for n, (light, dark) in enumerate(INKS)},
-}
-RULES = ".end{text-anchor:end} .curve{stroke-width:1.8;stroke-linejoin:round}"
-RULES += " .bar{fill-opacity:.3;stroke-width:1.5} .bar.s0{fill-opacity:1} .tenth"
-RULES += "{stroke-dasharray:4 3}" + "".join(
-    f" .s{n}{{stroke-dasharray:{dash}}}" for n, dash in enumerate(DASHES)
-)
 
 
 def line_chart(
-    title: str, series: Mapping[str, Sequence[Point]], x_label: str, y_label: str
+    title: str,
+    series: Mapping[str, Sequence[Point]],
+    x_label: str,
+    y_label: str,
+    *,
+    bases: tuple[int, int] = (0, 0),
+    x_marks: Mapping[str, float] | None = None,
+    y_marks: Mapping[str, float] | None = None,
 ) -> str:
     """Lines through points (x, y) with round numbers on the axes, named where they end.
 
-    A line of more than about 600 points keeps the lowest and highest of each stretch. Raises
-    ValueError for a number that is not finite, a series without points, or more than six of them.
+    `bases`: of x and y where an axis is logarithmic, 0 where it is not. Marks are dashed lines
+    across the plot, {words: value}. A line of more than about 600 points keeps the lowest and
+    highest of each stretch. Raises ValueError for a number that is not finite, a series without
+    points, or more than six of them.
     """
     for name, points in series.items():
         if not points:
             raise ValueError(f"{name}: has no points, expected at least one")
     _check(title, series, (number for points in series.values() for p in points for number in p))
     xs, ys = ([p[k] for points in series.values() for p in points] for k in (0, 1))
-    x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
-    left, right = min(xs), max(xs) if max(xs) > min(xs) else x_ticks[-1]
+    across, upward = axis(xs, bases[0], is_tight=True), axis(ys, bases[1])
 
     def place(point: Point) -> Point:
-        return LEFT + PLOT_WIDTH * (point[0] - left) / (right - left), _height(point[1], y_ticks)
+        return LEFT + PLOT_WIDTH * across.share(point[0]), _height(point[1], upward)
 
-    lines = [*_y_axis(y_ticks, y_label, PLOT_WIDTH)]
-    for x in (x for x in x_ticks if left <= x <= right):
-        at, bottom = place((x, 0))[0], TOP + PLOT_HEIGHT
+    lines = [*_y_axis(upward, y_label, PLOT_WIDTH)]
+    for x in across.ticks:
+        at, bottom = LEFT + PLOT_WIDTH * across.share(x), TOP + PLOT_HEIGHT
         lines.append(f'<path class="line" d="M{at:.1f} {bottom}v5"/>')
-        lines.append(text(at, bottom + 18, _number(x, x_ticks), "muted mid"))
+        lines.append(text(at, bottom + 18, across.label(x), "muted mid"))
     lines.append(text(LEFT + PLOT_WIDTH / 2, TOP + PLOT_HEIGHT + 40, x_label, "mid"))
     ends = {}
     for n, (name, points) in enumerate(series.items()):
@@ -71,6 +59,9 @@ def line_chart(
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
         lines.append(f'<path class="curve s{n}" d="M{path}"/>')
         ends[name] = placed[-1][1]
+    places = {words: LEFT + PLOT_WIDTH * across.share(x) for words, x in (x_marks or {}).items()}
+    heights = {words: _height(y, upward) for words, y in (y_marks or {}).items()}
+    lines += [*_x_marks(places), *_y_marks(heights)]
     for name, y in _spread(ends):
         n, x = list(series).index(name), LEFT + PLOT_WIDTH + 12
         lines.append(f'<path class="curve s{n}" d="M{x} {y:.1f}h28"/>')
@@ -80,7 +71,7 @@ def line_chart(
         for name, points in series.items()
     )
     height = TOP + PLOT_HEIGHT + BELOW
-    return _page(title, f"{said}.", lines, PLOT_WIDTH + 58 + _widest(series), height)
+    return page(title, f"{said}.", lines, LEFT + PLOT_WIDTH + 58 + widest(series), height)
 
 
 def bar_chart(title: str, groups: Mapping[str, Mapping[str, float]], y_label: str = "") -> str:
@@ -94,16 +85,16 @@ def bar_chart(title: str, groups: Mapping[str, Mapping[str, float]], y_label: st
     _check(title, names, values)
     if min(values) < 0:
         raise ValueError(f"{title}: has a bar of {min(values)}, expected 0 or more")
-    ticks = _ticks(0, max(values) or 1)
+    upward = axis([0, max(values) or 1])
     pitch = 38
     width = max(280, len(groups) * (len(names) * pitch + 30) + 20)
     span = (width - 20) / len(groups)
-    lines = [*_y_axis(ticks, y_label, width)]
+    lines = [*_y_axis(upward, y_label, width)]
     for g, (label, group) in enumerate(groups.items()):
         middle = LEFT + 10 + (g + 0.5) * span
         lines.append(text(middle, TOP + PLOT_HEIGHT + 18, label, "mid"))
         for name, value in group.items():
-            x, y = middle + (names.index(name) - len(names) / 2) * pitch, _height(value, ticks)
+            x, y = middle + (names.index(name) - len(names) / 2) * pitch, _height(value, upward)
             kind = f"bar s{names.index(name)}"
             lines.append(rect(x + 3, y, pitch - 6, TOP + PLOT_HEIGHT - y, kind, 1))
             lines.append(text(x + pitch / 2, y - 5, f"{value:.2f}", "mid"))
@@ -114,7 +105,7 @@ def bar_chart(title: str, groups: Mapping[str, Mapping[str, float]], y_label: st
         f"{label}: " + ", ".join(f"{name} {value:.2f}" for name, value in group.items())
         for label, group in groups.items()
     )
-    return _page(title, f"{said}.", lines, width + 46 + _widest(names), TOP + PLOT_HEIGHT + 34)
+    return page(title, f"{said}.", lines, LEFT + width + 46 + widest(names), TOP + PLOT_HEIGHT + 34)
 
 
 def load_chart(title: str, loads: Mapping[str, Mapping[str, Array]]) -> str:
@@ -132,7 +123,7 @@ def load_chart(title: str, loads: Mapping[str, Mapping[str, Array]]) -> str:
     most = max(map(len, every))
     top = min(MOST, max(2.0, math.ceil(max(share.max() for share in every) - ROUNDING)))
     pitch = min(14.0, max(2.0, 230 / most))
-    lines, said, gutter = list[str](), list[str](), 40 + _widest(layers)
+    lines, said, gutter = list[str](), list[str](), 40 + widest(layers)
     for n, layer in enumerate(layers):
         lines.append(text(24, TOP + 20 + n * ROW + BARS / 2, layer))
     for c, (name, column) in enumerate(shares.items()):
@@ -147,8 +138,8 @@ def load_chart(title: str, loads: Mapping[str, Mapping[str, Array]]) -> str:
     lines += [f'<path class="tenth" d="M{x + 116} {y - 4}h24"/>', text(x + 148, y, "a tenth of it")]
     lines += [rect(x + 246, y - 10, 12, 12, "low", 0), text(x + 266, y, "expert below a tenth")]
     lines += [text(x + 410, y, f"bars above {top:g} are cut off", "muted")] if top == MOST else []
-    width = gutter + len(shares) * (pitch * most + WORDS) - LEFT
-    return _page(title, "; ".join(said) + ".", lines, max(width, 540), y + 18)
+    width = gutter + len(shares) * (pitch * most + WORDS)
+    return page(title, "; ".join(said) + ".", lines, max(width, LEFT + 540), y + 18)
 
 
 def _panel(x: float, base: float, pitch: float, share: Array, top: float) -> Iterator[str]:
@@ -186,34 +177,35 @@ def _check(title: str, names: Iterable[str], numbers: Iterable[float]) -> None:
         raise ValueError(f"{title}: has {count} series, expected 1 to {len(INKS)}")
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers from `low` or just below to `high` or just above, at most ten of them."""
-    if low == high:
-        low, high = low - max(0.5, abs(low) / 2), high + max(0.5, abs(high) / 2)
-    span = (high - low) * (1 - ROUNDING)  # so that a last bit does not decide
-    power = 10.0 ** math.floor(math.log10(span / 5))
-    step = next(power * n for n in (1, 2, 5, 10) if power * n * 8 >= span)
-    first, last = math.floor(low / step + ROUNDING), math.ceil(high / step - ROUNDING)
-    return [step * n for n in range(first, last + 1)]
+def _height(value: float, upward: Axis) -> float:
+    return TOP + PLOT_HEIGHT * (1 - upward.share(value))
 
 
-def _number(value: float, ticks: Sequence[float]) -> str:
-    """A number with as many decimals as the distance of ticks has."""
-    decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
-    return f"{value:,.{decimals}f}"
-
-
-def _height(value: float, ticks: Sequence[float]) -> float:
-    return TOP + PLOT_HEIGHT * (1 - (value - ticks[0]) / (ticks[-1] - ticks[0]))
-
-
-def _y_axis(ticks: Sequence[float], label: str, width: float) -> Iterator[str]:
-    for tick in ticks:
-        y = _height(tick, ticks)
-        kind = "line" if tick == ticks[0] else "grid"
+def _y_axis(upward: Axis, label: str, width: float) -> Iterator[str]:
+    for tick in upward.ticks:
+        y = _height(tick, upward)
+        kind = "line" if tick == upward.low else "grid"
         yield f'<path class="{kind}" d="M{LEFT} {y:.1f}h{width:.0f}"/>'
-        yield text(LEFT - 8, y + 4, _number(tick, ticks), "muted end")
+        yield text(LEFT - 8, y + 4, upward.label(tick), "muted end")
     yield text(24, TOP - 12, label, "muted")
+
+
+def _x_marks(places: Mapping[str, float]) -> Iterator[str]:
+    """Upright lines at x, words at their feet: on the right, or left of what these would cross."""
+    for n, (words, x) in enumerate(places.items()):
+        end = x + 5 + widest([words])
+        crossed = end > LEFT + PLOT_WIDTH or any(x < other < end for other in places.values())
+        yield f'<path class="mark" d="M{x:.1f} {TOP}v{PLOT_HEIGHT}"/>'
+        side, kind = (-5, "over end") if crossed else (5, "over")
+        yield text(x + side, TOP + PLOT_HEIGHT - 8 - 16 * n, words, kind)
+
+
+def _y_marks(heights: Mapping[str, float]) -> Iterator[str]:
+    """Level lines at y, their words on the right below them, or above where one is close below."""
+    for words, y in heights.items():
+        is_free = not any(0 < other - y < 20 for other in heights.values())
+        yield f'<path class="mark" d="M{LEFT} {y:.1f}h{PLOT_WIDTH}"/>'
+        yield text(LEFT + PLOT_WIDTH - 8, y + 13 if is_free else y - 5, words, "over end")
 
 
 def _thinned(points: Sequence[Point]) -> Sequence[Point]:
@@ -234,15 +226,3 @@ def _spread(ends: Mapping[str, float]) -> list[tuple[str, float]]:
         lowest = TOP + PLOT_HEIGHT - 16.0 * (len(names) - 1 - n)
         places.append(min(max(ends[name], places[-1] + 16 if places else 0.0), lowest))
     return list(zip(names, places, strict=True))
-
-
-def _widest(names: Iterable[str]) -> float:
-    return max(map(len, names)) * LETTER
-
-
-def _page(title: str, said: str, lines: Iterable[str], width: float, height: int) -> str:
-    """The chart on a card, `width` units wide right of the y axis, or as wide as the title."""
-    across = math.ceil(max(LEFT + width, 24 + len(title) * TITLE_LETTER) + 24)
-    card = rect(0.5, 0.5, across - 1, height - 1, "card", 10)
-    head = [card, text(24, 32, title, "title")]
-    return document((across, height), title, said, [*head, *lines], KINDS, RULES)

@@ -1,12 +1,9 @@
-"""Figures drawn from a Config as SVG text: the same bytes each time, for light and dark pages."""
+"""The block diagram, drawn from a Config as SVG text: the same bytes each time, light and dark."""
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
-from minstep.config import FULL, SLIDING, Config, LayerSpec, load_config
-from minstep.configs import find_config
-from minstep.files import atomic_file
+from minstep.config import FULL, SLIDING, Config, LayerSpec
 from minstep.lab.svg import arrow, document, rect, text, up
 
 WIDTH, HEIGHT = 960, 640
@@ -24,17 +21,6 @@ COLOURS = {  # class: fill and stroke on a light page, fill and stroke on a dark
     ".idle": ("#d8ccf5", "none", "#3b2f63", "none"),
     ".chosen": ("#6f36d9", "none", "#c4a7ff", "none"),
 }
-
-
-def write_figures(folder: Path) -> list[Path]:
-    """Write the documentation's figures into `folder`, which exists; returns their paths.
-
-    `model.svg` shows the released model. Raises InputError when a file cannot be written.
-    Checked by: tests/test_figures.py
-    """
-    with atomic_file(folder / "model.svg") as temporary:
-        temporary.write_bytes(model_svg(load_config(find_config("step-3.5-flash"))).encode())
-    return [folder / "model.svg"]
 
 
 def model_svg(config: Config) -> str:
