@@ -27,6 +27,7 @@ from minstep.files import InputError, abandon_stdout, os_reason
 from minstep.lab.flags import add_lab_commands
 from minstep.lab.labs import add_labs
 from minstep.lab.view import add_view
+from minstep.lab.walk import add_walk
 from minstep.terminal import harmless
 from minstep.train.flags import add_train
 
@@ -150,4 +151,5 @@ def _parser() -> argparse.ArgumentParser:
     add_lab_commands(command)
     add_labs(command)
     add_view(command)
+    add_walk(command)
     return parser
