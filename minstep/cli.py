@@ -24,6 +24,7 @@ from minstep.arguments import (
     token_ids,
 )
 from minstep.files import InputError, abandon_stdout, os_reason
+from minstep.lab.exercise import add_exercise
 from minstep.lab.flags import add_lab_commands
 from minstep.lab.labs import add_labs
 from minstep.lab.view import add_view
@@ -151,5 +152,6 @@ def _parser() -> argparse.ArgumentParser:
     add_lab_commands(command)
     add_labs(command)
     add_view(command)
+    add_exercise(command)
     add_walk(command)
     return parser
