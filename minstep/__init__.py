@@ -1,8 +1,25 @@
 """Step 3.5 Flash in plain NumPy: every layer is a pure function that reads like its maths.
 
-Reading order: config, linear, norm, rope, cache, attention, mlp, moe, model, sampling, mtp,
-generate, weights, checkpoint, chat, tokenizer; then train, which differentiates and trains it, and
-lab, which looks at it from outside.
+Read it with the book, docs/README.md; these files have a chapter each:
+
+     1  config
+     2  norm
+     3  rope
+     4  attention
+     5  activations, mlp
+     6  moe
+     7  model
+     8  cache
+     9  mtp, generate
+    10  linear, bf16, fp8, weights, checkpoint
+    11  lab.compare
+    12  train.tape, train.loss
+    13  lab.footguns
+    14  lab.inspect
+    15  tokenizer, chat, sampling
+
+Imports run one way: the model never imports lab, which looks at it from outside, nor train, which
+differentiates it. A first run, with random weights:
 
 >>> import numpy as np, minstep
 >>> config = minstep.load_config(minstep.find_config("tiny"))
@@ -10,6 +27,9 @@ lab, which looks at it from outside.
 >>> hidden = minstep.decoder([5, 17, 9], weights, config)
 >>> hidden.shape, minstep.head(hidden, weights, config).shape
 ((3, 64), (3, 320))
+
+A trained model stands in find_config("trained"): open_checkpoint opens it, generate continues a
+text. `minstep --help` lists the commands, each with an example in its own --help.
 """
 
 import os

@@ -26,6 +26,7 @@ from minstep.arguments import (
 from minstep.files import InputError, abandon_stdout, os_reason
 from minstep.lab.exercise import add_exercise
 from minstep.lab.flags import add_lab_commands
+from minstep.lab.footgun import add_footgun
 from minstep.lab.labs import add_labs
 from minstep.lab.view import add_view
 from minstep.lab.walk import add_walk
@@ -151,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     add_train(command)
     add_lab_commands(command)
     add_labs(command)
+    add_footgun(command)
     add_view(command)
     add_exercise(command)
     add_walk(command)

@@ -63,7 +63,7 @@ def is_ready(weight: Weight, dtype: DTypeLike) -> TypeGuard[Array]:
 def ready(weight: Weight, dtype: DTypeLike) -> Array:
     """The weight in `dtype`, same shape: itself, or in memory that the thread's next call reuses.
 
-    Source: measured, see docs/weights.md.
+    Source: measured, see docs/10-weights.md.
     """
     if is_ready(weight, dtype):
         return weight

@@ -34,7 +34,7 @@ def mtp_depth(
     Source: the order [enorm(embedding), hnorm(state)] and the chaining of raw states are those of
         vLLM's step3p5_mtp, SGLang's Step3p5MTP and llama.cpp; the released transformers code
         ignores these layers.
-    Differs: DeepSeek and MiMo feed every depth the main model's state, Step the depth before's.
+    Differs: SGLang hands MiMo's depths the main model's state, Step's the depth before's.
         `lm_head` in place of the depth's own head leaves drafts that are rejected; normed states
         cost depths from the second on, as much as the norms' weights have learned.
     Checked by: tests/test_golden.py

@@ -1,0 +1,104 @@
+"""The book: what it quotes, prints and says is what the code computes."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import minstep
+from tests.book import BLOCK, DOCS, TOP, chapters, fill, question, title
+from tests.sources import SOURCES
+from tests.test_house import ORDER
+
+BOOK = chapters()
+WRITTEN = [path for path in BOOK if path.name != "13-footguns.md"]  # that one test_museum makes
+PAGES = [DOCS / "README.md", DOCS / "names.md", *BOOK]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+NUMBER = re.compile(r"(?<![\w.,/#-])\d[\d,]*(?:\.\d+)?")
+SMALL = 20  # counts that a reader sees at a glance
+NOT_RUN = re.compile(r"<!-- not run: .+? -->\n```\w+\n.*?^```$", re.M | re.S)
+
+
+def name(path: Path) -> str:
+    return path.stem
+
+
+def numbers(text: str) -> set[str]:
+    """The numbers in a text, without the commas between thousands and zeros at the end."""
+    return {plain(found.strip(",")) for found in NUMBER.findall(text)}
+
+
+def plain(number: str) -> str:
+    number = number.replace(",", "")
+    return number.rstrip("0").rstrip(".") if "." in number else number
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_every_block_is_what_its_marker_makes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    written, made = path.read_text(encoding="utf-8"), fill(path)
+    for old, new in zip(BLOCK.finditer(written), BLOCK.finditer(made), strict=True):
+        assert old[0] == new[0], "python -m tests.book writes it"
+    assert written == made
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=name)
+def test_code_in_a_chapter_is_quoted_run_or_a_doctest(path: Path) -> None:
+    text = NOT_RUN.sub("", BLOCK.sub("", path.read_text(encoding="utf-8")))
+    for language, code in FENCE.findall(text):
+        is_doctest = language == "python" and code.startswith(">>> ")
+        assert is_doctest or language in ("math", "text"), f"nobody runs this:\n{code}"
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=name)
+def test_numbers_in_the_prose_are_printed_by_the_chapter_or_have_a_source(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    configs = TOP / "tiny_configs"
+    known = numbers((configs / "step-3.5-flash" / "config.json").read_text()) | set(SOURCES)
+    for _, code in FENCE.findall(text):
+        known |= numbers(code)
+    prose, _, _ = text.partition("## Exercises")
+    prose = re.sub(
+        r"<!--.*?-->|\]\([^)]*\)|https?://\S+|arXiv \S+", "", FENCE.sub("", prose), flags=re.S
+    )
+    said = {n for n in numbers(prose) if "." in n or int(n) > SMALL}
+    assert not said - known, sorted(said - known)
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=name)
+def test_a_chapter_has_the_parts_of_one(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert title(path).startswith(f"{int(path.name[:2])}. ") and question(path)
+    assert 150 <= len(text.splitlines()) <= 400
+    assert re.search(r"!\[.+?\]\(\S+\.svg\)", text, re.S), "no figure"
+    assert "## Where others differ" in text and "## Exercises" in text
+    assert "<!-- quote" in text and (">>> " in text or "<!-- run" in text)
+    assert text.rstrip().endswith("<!-- end -->") and "<!-- nav -->" in text
+
+
+def test_the_package_says_which_chapter_each_of_its_files_has() -> None:
+    order = re.findall(r"^ +(\d+) +(.+)$", minstep.__doc__ or "", re.M)
+    assert [int(number) for number, _ in order] == list(range(1, len(BOOK)))
+    for number, files in order:
+        text = BOOK[int(number)].read_text(encoding="utf-8")
+        for file in files.split(", "):
+            path = f"minstep/{file.replace('.', '/')}.py"
+            reaches = f"<!-- quote {path} " in text or f"](../{path})" in text
+            assert reaches, f"chapter {number} does not quote {path}"
+
+
+def test_every_public_name_of_the_model_is_in_a_chapter() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in BOOK)
+    words = set(re.findall(r"\w+", text))
+    for module in ORDER[: ORDER.index("lab.svg")]:
+        tree = ast.parse((TOP / "minstep" / f"{module}.py").read_text(encoding="utf-8"))
+        defined = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        missing = [n.name for n in defined if not n.name.startswith("_") and n.name not in words]
+        assert not missing, f"no chapter names {missing} of {module}.py"
+
+
+def test_figures_of_the_book_are_all_shown() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in [*PAGES, TOP / "README.md"])
+    shown = set(re.findall(r"([\w-]+\.svg)\)", text))
+    assert {path.name for path in (DOCS / "figures").glob("*.svg")} <= shown
