@@ -18,8 +18,9 @@ Read it with the book, docs/README.md; these files have a chapter each:
     14  lab.inspect
     15  tokenizer, chat, sampling
 
-Imports run one way: the model never imports lab, which looks at it from outside, nor train, which
-differentiates it. A first run, with random weights:
+Imports run one way: the model never imports train, which differentiates it, lab, which looks at it
+from outside, nor book, which has the figures, exercises and known bugs. A first run, with random
+weights:
 
 >>> import numpy as np, minstep
 >>> config = minstep.load_config(minstep.find_config("tiny"))

@@ -23,10 +23,10 @@ from minstep.arguments import (
     path,
     token_ids,
 )
+from minstep.book.exercise import add_exercise
+from minstep.book.footgun import add_footgun
 from minstep.files import InputError, abandon_stdout, os_reason
-from minstep.lab.exercise import add_exercise
 from minstep.lab.flags import add_lab_commands
-from minstep.lab.footgun import add_footgun
 from minstep.lab.labs import add_labs
 from minstep.lab.view import add_view
 from minstep.lab.walk import add_walk

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from minstep.lab.charts import (
+from minstep.draw.charts import (
     BARS,
     LEFT,
     PLOT_HEIGHT,
@@ -19,7 +19,7 @@ from minstep.lab.charts import (
     line_chart,
     load_chart,
 )
-from minstep.lab.page import DASHES, INKS
+from minstep.draw.page import DASHES, INKS
 from minstep.tap import Array
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -12,9 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from minstep.files import InputError
-from minstep.lab.copies import Find, copies, source
-from minstep.lab.exercise import (
+from minstep.book.exercise import (
     BUGS,
     CHAIN,
     bugged,
@@ -25,9 +23,11 @@ from minstep.lab.exercise import (
     without_bodies,
     write,
 )
+from minstep.book.lessons import EXERCISES, PLANT
+from minstep.book.scenes import WHOLE, Scene, departure, difference
+from minstep.files import InputError
+from minstep.lab.copies import Find, copies, source
 from minstep.lab.footguns import FOOTGUNS, UNSEEN, Footgun, planted
-from minstep.lab.lessons import EXERCISES, PLANT
-from minstep.lab.scenes import WHOLE, Scene, departure, difference
 from tests.conftest import Refused, Run
 
 

@@ -5,9 +5,9 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from minstep.book.figures import HEIGHT, WIDTH, model_svg
 from minstep.config import load_config
 from minstep.configs import find_config, shipped_folder
-from minstep.lab.figures import HEIGHT, WIDTH, model_svg
 
 NAMES = sorted(path.parent.name for path in shipped_folder().glob("*/config.json"))
 SVG = "{http://www.w3.org/2000/svg}"

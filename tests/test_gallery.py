@@ -13,12 +13,8 @@ import pytest
 
 import minstep
 from minstep.attention import visible
-from minstep.config import FULL, SLIDING
-from minstep.fp8 import LARGEST, to_fp8
-from minstep.generate import steps
-from minstep.lab import gallery
-from minstep.lab.charts import LEFT, PLOT_HEIGHT, PLOT_WIDTH, TOP
-from minstep.lab.curves import (
+from minstep.book import gallery
+from minstep.book.curves import (
     cache_bytes,
     cache_svg,
     fp8_values,
@@ -26,10 +22,14 @@ from minstep.lab.curves import (
     rope_svg,
     swiglu_svg,
 )
-from minstep.lab.gallery import FIGURES, PROMPT, ROUTED, SENTENCE, WAYS, released, trained
-from minstep.lab.masks import GONE, HELD, SEEN, mask, masks_svg
-from minstep.lab.routes import Routing, router_cut_svg, routing
-from minstep.lab.timeline import sampling_svg
+from minstep.book.gallery import FIGURES, PROMPT, ROUTED, SENTENCE, WAYS, released, trained
+from minstep.book.masks import GONE, HELD, SEEN, mask, masks_svg
+from minstep.book.routes import Routing, router_cut_svg, routing
+from minstep.book.timeline import sampling_svg
+from minstep.config import FULL, SLIDING
+from minstep.draw.charts import LEFT, PLOT_HEIGHT, PLOT_WIDTH, TOP
+from minstep.fp8 import LARGEST, to_fp8
+from minstep.generate import steps
 from minstep.lab.trace import record
 from minstep.mlp import MLPWeights, swiglu
 from minstep.rope import inverse_frequencies

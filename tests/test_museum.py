@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 import minstep
+from minstep.book.damage import Patient
+from minstep.book.exhibits import CLAMPS, DECODING, DRAFTS, FILES, Exhibit
+from minstep.book.footgun import report_text
+from minstep.book.museum import EXHIBITS, changes, find_exhibit, measured, measured_all, ways
+from minstep.book.museum_page import museum_page
+from minstep.book.offstage import RUNNERS
 from minstep.lab.copies import source
-from minstep.lab.damage import Patient
-from minstep.lab.exhibits import CLAMPS, DECODING, DRAFTS, FILES, Exhibit
-from minstep.lab.footgun import report_text
 from minstep.lab.footguns import FOOTGUNS, IN_DRAFTER, UNSEEN, planted
-from minstep.lab.museum import EXHIBITS, changes, find_exhibit, measured, measured_all, ways
-from minstep.lab.museum_page import museum_page
-from minstep.lab.offstage import RUNNERS
 from minstep.tokenizer import load_tokenizer
 from tests.conftest import Refused, Run
 

@@ -17,10 +17,10 @@ from tokenizers import Tokenizer
 from minstep.arguments import FLOATS, add_command, at_least, path
 from minstep.commands import Model, open_model
 from minstep.config import Config
+from minstep.draw.charts import bar_chart, load_chart
 from minstep.files import InputError, atomic_file
 from minstep.lab.acceptance import WAYS, agreements, beginnings, draft, mtp_report, mtp_table
 from minstep.lab.bits import bits_report, bits_table
-from minstep.lab.charts import bar_chart, load_chart
 from minstep.lab.facts import text_of
 from minstep.lab.loads import layer_table, routed, router_report, router_table, without_bias
 from minstep.lab.names import spans

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from minstep.config import Config
+from minstep.draw.charts import LOW
 from minstep.files import InputError
-from minstep.lab.charts import LOW
 from minstep.lab.trace import Recorder, Trace
 from minstep.model import ModelWeights, decoder
 from minstep.moe import Choice

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 
 from minstep.config import Config
 from minstep.configs import read_config
+from minstep.draw.charts import line_chart, load_chart
 from minstep.files import InputError, os_reason
-from minstep.lab.charts import line_chart, load_chart
 from minstep.tap import Array
 from minstep.terminal import Progress
 from minstep.train.bpe import train_tokenizer

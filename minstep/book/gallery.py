@@ -10,18 +10,18 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from minstep.book.curves import cache_svg, precision_svg, rope_svg, scaling_svg, swiglu_svg
+from minstep.book.departures import departure_svg, norm_svg
+from minstep.book.figures import model_svg
+from minstep.book.masks import masks_svg
+from minstep.book.routes import router_cut_svg, router_map_svg, routing
+from minstep.book.timeline import sampling_svg, timeline_svg
 from minstep.checkpoint import open_checkpoint
 from minstep.config import Config, load_config
 from minstep.configs import find_config
 from minstep.files import atomic_file
-from minstep.lab.curves import cache_svg, precision_svg, rope_svg, scaling_svg, swiglu_svg
-from minstep.lab.departures import departure_svg, norm_svg
 from minstep.lab.facts import text_of
-from minstep.lab.figures import model_svg
 from minstep.lab.footguns import FOOTGUNS
-from minstep.lab.masks import masks_svg
-from minstep.lab.routes import router_cut_svg, router_map_svg, routing
-from minstep.lab.timeline import sampling_svg, timeline_svg
 from minstep.model import ModelWeights, decoder, head
 from minstep.sampling import Sampling
 from minstep.tokenizer import encode, load_tokenizer

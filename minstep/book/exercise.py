@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from minstep.arguments import at_least, path
+from minstep.book.lessons import EXERCISES, PLANT
 from minstep.files import InputError, atomic_folder
 from minstep.lab.copies import Find, copies, source
 from minstep.lab.footguns import FOOTGUNS, planted
-from minstep.lab.lessons import EXERCISES, PLANT
 
 # What may lie in a reader's folder or imports such a file, in the order of their imports.
 CHAIN = (
@@ -62,9 +62,9 @@ from pathlib import Path
 
 import pytest
 
-from minstep.lab.exercise import solution
-from minstep.lab.lessons import EXERCISES
-from minstep.lab.scenes import departure
+from minstep.book.exercise import solution
+from minstep.book.lessons import EXERCISES
+from minstep.book.scenes import departure
 
 
 @pytest.mark.{mark}

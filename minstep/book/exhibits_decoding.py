@@ -3,7 +3,7 @@
 Checked by: tests/test_museum.py
 """
 
-from minstep.lab.exhibits import DECODING, DRAFTS, END, FILES, Exhibit, Met
+from minstep.book.exhibits import DECODING, DRAFTS, END, FILES, Exhibit, Met
 
 BESIDE = (
     Exhibit("mtp-head", "lm_head in place of the drafts' own heads", DRAFTS,

@@ -5,7 +5,7 @@ Checked by: tests/test_exercise.py
 
 from typing import NamedTuple
 
-from minstep.lab.lessons_around import (
+from minstep.book.lessons_around import (
     a_checkpoint_is_read_from_disk,
     a_depth_mixes_a_state_with_the_next_token,
     an_fp8_code_times_the_scale_of_its_block,
@@ -19,7 +19,7 @@ from minstep.lab.lessons_around import (
     weights_become_the_nearest_fp8_codes,
     what_was_dropped_cannot_come_back,
 )
-from minstep.lab.lessons_beyond import (
+from minstep.book.lessons_beyond import (
     a_message_is_the_same_however_it_is_cut,
     a_product_sends_its_gradient_back,
     biases_lift_experts_that_lack_tokens,
@@ -36,7 +36,7 @@ from minstep.lab.lessons_beyond import (
     the_objective_weighs_the_depths,
     the_rate_warms_up_and_falls,
 )
-from minstep.lab.lessons_layers import (
+from minstep.book.lessons_layers import (
     a_block_of_each_kind,
     a_query_sees_itself_and_what_its_window_holds,
     angles_grow_with_the_position,
@@ -55,7 +55,7 @@ from minstep.lab.lessons_layers import (
     token_ids_become_rows_of_the_table,
     vectors_of_any_shape_are_normed,
 )
-from minstep.lab.scenes import WHOLE, Scene
+from minstep.book.scenes import WHOLE, Scene
 
 PLANT = 13  # the chapter where no function is missing, but a bug is planted
 

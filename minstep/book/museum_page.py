@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from minstep.book.damage import TIGHTER
+from minstep.book.exhibits import DECODING, DRAFTS, FILES, Exhibit
+from minstep.book.footgun import agreed, error, kept, number, one_line, setting_text
+from minstep.book.museum import EXHIBITS, changes, measured_all, ways
 from minstep.config import load_config
 from minstep.configs import find_config
-from minstep.lab.damage import TIGHTER
-from minstep.lab.exhibits import DECODING, DRAFTS, FILES, Exhibit
-from minstep.lab.footgun import agreed, error, kept, number, one_line, setting_text
-from minstep.lab.museum import EXHIBITS, changes, measured_all, ways
 
 HEAD = """\
 # 13. The footgun museum

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minstep.attention import visible
+from minstep.book.figures import KIND
 from minstep.cache import new_caches
 from minstep.config import FULL, Config, LayerSpec
-from minstep.lab.figures import KIND
-from minstep.lab.page import page
-from minstep.lab.svg import Colours, rect, text
+from minstep.draw.page import page
+from minstep.draw.svg import Colours, rect, text
 
 LEFT, TOP, CELL, GAP = 86, 124, 17, 110  # of the grids, in units of the canvas
 GONE, HELD, SEEN = range(3)  # what a position is to a query

@@ -11,9 +11,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from minstep.activations import sigmoid
 from minstep.config import Config
-from minstep.lab.axes import axis
-from minstep.lab.page import page, widest
-from minstep.lab.svg import Colours, rect, text
+from minstep.draw.axes import axis
+from minstep.draw.page import page, widest
+from minstep.draw.svg import Colours, rect, text
 from minstep.lab.trace import Recorder, Trace
 from minstep.linear import as_float
 from minstep.model import ModelWeights, decoder

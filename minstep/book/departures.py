@@ -10,7 +10,7 @@ import numpy as np
 
 from minstep.bf16 import BF16Array, to_bf16
 from minstep.config import Config
-from minstep.lab.charts import Point, line_chart
+from minstep.draw.charts import Point, line_chart
 from minstep.lab.compare import TOLERANCES, compare
 from minstep.lab.footguns import Footgun, variant
 from minstep.lab.trace import EMBEDDING, Recorder, Trace

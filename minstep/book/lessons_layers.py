@@ -1,6 +1,6 @@
 """What the exercises on one layer and on the decoder run (chapters 0 and 2 to 7).
 
-Each function is a scene: minstep/lab/scenes.py says what becomes of it.
+Each function is a scene: minstep/book/scenes.py says what becomes of it.
 Checked by: tests/test_exercise.py
 """
 
@@ -9,10 +9,10 @@ from numpy.typing import DTypeLike
 
 from minstep.attention import whole
 from minstep.bf16 import BF16Array, to_bf16
+from minstep.book.scenes import Rng, Shown, drawn, floats, refused, shipped, watched
 from minstep.cache import Past
 from minstep.config import Llama3Scaling, MoESpec, RopeSpec
 from minstep.lab.copies import Find
-from minstep.lab.scenes import Rng, Shown, drawn, floats, refused, shipped, watched
 from minstep.mlp import MLPWeights
 from minstep.model import rotations
 from minstep.moe import Choice, MoEWeights

@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import DTypeLike
 from tokenizers import Tokenizer
 
+from minstep.book.damage import Damage, Patient
+from minstep.book.exhibits import ANGLES, TIGHT, Exhibit
+from minstep.book.exhibits_decoding import BESIDE
+from minstep.book.exhibits_layer import LAYER
+from minstep.book.offstage import RUNNERS
 from minstep.checkpoint import Checkpoint, open_checkpoint
 from minstep.configs import find_config
 from minstep.files import InputError
 from minstep.lab.copies import source
-from minstep.lab.damage import Damage, Patient
-from minstep.lab.exhibits import ANGLES, TIGHT, Exhibit
-from minstep.lab.exhibits_decoding import BESIDE
-from minstep.lab.exhibits_layer import LAYER
 from minstep.lab.footguns import FOOTGUNS, IN_DRAFTER, UNSEEN, Footgun, planted
-from minstep.lab.offstage import RUNNERS
 from minstep.tokenizer import load_tokenizer
 from minstep.train.data import encode_documents
 from minstep.train.documents import Document

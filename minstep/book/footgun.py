@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from minstep.arguments import FLOATS, add_command, at_least, not_empty, path
+from minstep.book.damage import TIGHTER
+from minstep.book.exhibits import TIGHT, Exhibit
+from minstep.book.museum import EXHIBITS, changes, find_exhibit, measured, patient, ways
+from minstep.book.offstage import RUNNERS
 from minstep.commands import SHIPPED, open_model
-from minstep.lab.damage import TIGHTER
-from minstep.lab.exhibits import TIGHT, Exhibit
 from minstep.lab.labs import text_tokenizer
-from minstep.lab.museum import EXHIBITS, changes, find_exhibit, measured, patient, ways
-from minstep.lab.offstage import RUNNERS
 from minstep.terminal import Progress, note
 
 WIDTH = 88

@@ -1,6 +1,6 @@
 """What the exercises beyond the model run: comparing, training, text (chapters 11, 12 and 15).
 
-Each function is a scene: minstep/lab/scenes.py says what becomes of it.
+Each function is a scene: minstep/book/scenes.py says what becomes of it.
 Checked by: tests/test_exercise.py
 """
 
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from minstep.book.scenes import Rng, Shown, drawn, floats, refused, shipped
 from minstep.lab.copies import Find
-from minstep.lab.scenes import Rng, Shown, drawn, floats, refused, shipped
 from minstep.sampling import Sampling
 from minstep.tap import Array, Tap
 from minstep.tokenizer import byte_level_tokenizer

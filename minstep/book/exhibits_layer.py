@@ -3,7 +3,7 @@
 Checked by: tests/test_museum.py
 """
 
-from minstep.lab.exhibits import ATTENTION, CLAMPS, EXPERTS, TIGHT, Exhibit, Met
+from minstep.book.exhibits import ATTENTION, CLAMPS, EXPERTS, TIGHT, Exhibit, Met
 
 LAYER = (
     Exhibit("head-count", "The head count of full layers everywhere", ATTENTION,

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
+from minstep.book.exhibits import END, TIGHT
 from minstep.checkpoint import Checkpoint
 from minstep.config import Config, LayerSpec
 from minstep.files import InputError
 from minstep.lab.acceptance import Way, draft, worth
 from minstep.lab.compare import TOLERANCES, compare
-from minstep.lab.exhibits import END, TIGHT
 from minstep.lab.explain import leading
 from minstep.lab.footguns import IN_DRAFTER, Footgun, Variant, variant
 from minstep.lab.trace import Recorder, Trace

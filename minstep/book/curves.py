@@ -12,8 +12,8 @@ from numpy.typing import DTypeLike, NDArray
 from minstep.bf16 import BF16Array, to_bf16
 from minstep.cache import new_caches
 from minstep.config import FULL, SLIDING, Config, LayerSpec
+from minstep.draw.charts import Point, line_chart
 from minstep.fp8 import FP8Array, to_fp8
-from minstep.lab.charts import Point, line_chart
 from minstep.lab.names import spans
 from minstep.mlp import MLPWeights, swiglu
 from minstep.rope import inverse_frequencies

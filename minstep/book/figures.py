@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from minstep.config import FULL, SLIDING, Config, LayerSpec
-from minstep.lab.svg import arrow, document, rect, text, up
+from minstep.draw.svg import arrow, document, rect, text, up
 
 WIDTH, HEIGHT = 960, 640
 # Where the map of layers, the MTP depths and the layer in detail lie, in units of the canvas.

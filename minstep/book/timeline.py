@@ -11,9 +11,9 @@ from numpy.typing import DTypeLike
 
 from minstep.config import Config
 from minstep.continuation import Continuation, Pass
+from minstep.draw.page import page, widest
+from minstep.draw.svg import Colours, rect, text
 from minstep.generate import steps
-from minstep.lab.page import page, widest
-from minstep.lab.svg import Colours, rect, text
 from minstep.model import ModelWeights
 from minstep.sampling import GREEDY, Sampling, distribution
 from minstep.tap import Array

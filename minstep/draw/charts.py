@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from minstep.lab.axes import ROUNDING, Axis, axis
-from minstep.lab.page import INKS, page, widest
-from minstep.lab.svg import rect, text
+from minstep.draw.axes import ROUNDING, Axis, axis
+from minstep.draw.page import INKS, page, widest
+from minstep.draw.svg import rect, text
 from minstep.tap import Array
 
 Point = tuple[float, float]

@@ -6,7 +6,7 @@ Series differ by dashes or outline and stand in one order, so that colour is nev
 import math
 from collections.abc import Iterable
 
-from minstep.lab.svg import Colours, document, rect, text
+from minstep.draw.svg import Colours, document, rect, text
 
 LETTER, TITLE_LETTER, DASH = 6.8, 10.5, 12.0  # the width of a wide font's characters
 INKS = (

@@ -1,6 +1,6 @@
 """What the exercises around the layers run: config, caches, drafts, files, cost (1, 8 to 10, 14).
 
-Each function is a scene: minstep/lab/scenes.py says what becomes of it.
+Each function is a scene: minstep/book/scenes.py says what becomes of it.
 Checked by: tests/test_exercise.py
 """
 
@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from minstep.bf16 import to_bf16
+from minstep.book.scenes import Rng, Shown, drawn, floats, refused, shipped, watched
 from minstep.config import FULL, SLIDING
 from minstep.configs import find_config, read_config
 from minstep.fp8 import FP8Array
 from minstep.lab.copies import Find
-from minstep.lab.scenes import Rng, Shown, drawn, floats, refused, shipped, watched
 from minstep.model import rotations
 from minstep.sampling import GREEDY, Sampling
 from minstep.save import Form, save_random

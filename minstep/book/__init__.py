@@ -1,0 +1,1 @@
+"""What the book is made of beside its text: figures, the museum of bugs, and the exercises."""
