@@ -1,4 +1,4 @@
-"""The header of a safetensors file: which tensors it holds, and where each one lies.
+"""Safetensors files: which tensors one holds and where each one lies, and how one is written.
 
 A safetensors file is 8 bytes (little-endian length of the header), a JSON header that gives each
 tensor's dtype, shape and [begin, end) offsets, then the tensors' bytes without gaps.
@@ -9,13 +9,18 @@ Checked by: tests/test_checkpoint.py, tests/test_bad_checkpoint.py
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from minstep.files import InputError, os_reason
+from minstep.tap import Array
 
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
 BYTES |= {"U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1}
+CODES = {"float32": "F32", "float64": "F64", "int64": "I64"}  # of the dtypes that arrays have
 LFS = b"version "  # how the text begins that a clone without Git LFS has in a file's place
 MAX_HEADER = 100_000_000  # the format's own limit
 
@@ -129,3 +134,28 @@ def laid_out(
     data = 8 + len(text)
     places = {name: data + entry["data_offsets"][0] for name, entry in header.items()}
     return len(text).to_bytes(8, "little") + text, places
+
+
+class Data(NamedTuple):
+    """A tensor to be written: its dtype code, its shape, and its bytes piece by piece."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: Iterable[Any]
+
+    @classmethod
+    def of(cls, x: Array) -> "Data":
+        """An array of a dtype that activations have."""
+        return cls(CODES[x.dtype.name], x.shape, [np.ascontiguousarray(x).data])
+
+
+def write_tensors(file: Path, tensors: dict[str, Data], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, a piece at a time. Wider dtypes lie first: all are aligned.
+
+    The package's own writer wants a whole file in memory. Raises OSError.
+    """
+    start, places = laid_out({name: x[:2] for name, x in tensors.items()}, metadata)
+    with file.open("wb") as opened:
+        opened.write(start)
+        for name in places:
+            opened.writelines(tensors[name].pieces)

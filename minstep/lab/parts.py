@@ -20,8 +20,8 @@ from typing import Any
 from safetensors.numpy import load_file
 
 from minstep.files import InputError, atomic_file, os_reason
-from minstep.header import Tensor, read_header
-from minstep.lab.trace import Data, Trace, write_tensors
+from minstep.header import Data, Tensor, read_header, write_tensors
+from minstep.lab.trace import Trace
 from minstep.tap import Array
 
 fcntl: ModuleType | None

@@ -1,9 +1,9 @@
 """Record what every named point of a forward pass computed, and write it to a safetensors file."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -11,13 +11,12 @@ from numpy.typing import DTypeLike
 from minstep.config import Config
 from minstep.files import InputError
 from minstep.generate import check_prompt
-from minstep.header import laid_out
+from minstep.header import Data, write_tensors
 from minstep.model import ModelWeights, decoder, head, run_layers
 from minstep.mtp import mtp_forward
 from minstep.tap import Array, ScopedTap, Tap
 
 Trace = dict[str, Array]
-CODES = {"float32": "F32", "float64": "F64", "int64": "I64"}  # safetensors' names of dtypes
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 MOST_PROBS = 1 << 26  # attention probabilities kept of every layer: 256 MB in float32
 
@@ -146,31 +145,6 @@ def record(
     tap = Recorder(trace, lambda name: not name.endswith(".probs") or name in probs)
     walk(tokens, weights, config, dtype, tap)
     return trace
-
-
-class Data(NamedTuple):
-    """A tensor to be written: its dtype code, its shape, and its bytes piece by piece."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    pieces: Iterable[Any]
-
-    @classmethod
-    def of(cls, x: Array) -> "Data":
-        """An array of a dtype that activations have."""
-        return cls(CODES[x.dtype.name], x.shape, [np.ascontiguousarray(x).data])
-
-
-def write_tensors(file: Path, tensors: dict[str, Data], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, a piece at a time. Wider dtypes lie first: all are aligned.
-
-    The package's own writer wants a whole file in memory. Raises OSError.
-    """
-    start, places = laid_out({name: x[:2] for name, x in tensors.items()}, metadata)
-    with file.open("wb") as opened:
-        opened.write(start)
-        for name in places:
-            opened.writelines(tensors[name].pieces)
 
 
 def described(tokens: Sequence[int], order: Sequence[str], **facts: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from minstep.bf16 import to_bf16
 from minstep.files import InputError, atomic_file, os_reason
-from minstep.lab.trace import Data, write_tensors
+from minstep.header import Data, write_tensors
 from minstep.tap import Array
 
 STATE = "training.state"  # a safetensors file; the ending keeps it apart from a model's tensors
