@@ -18,6 +18,20 @@ Read it with the book, docs/README.md; these files have a chapter each:
     14  lab.inspect
     15  tokenizer, chat, sampling
 
+What stands in this package itself:
+
+    find_config      the folder of a shipped configuration or model, by its name
+    load_config      a config.json as a Config
+    open_checkpoint  a checkpoint in hub layout: its config, and its weights a call away
+    random_weights   weights that have learned nothing, for a Config
+    generate         a prompt's continuation, a token at a time
+    steps            the same, a forward pass at a time, with its drafts
+    Sampling         how tokens are drawn: temperature, top-k, top-p, min-p, repetition penalty
+    decoder          token ids through every layer: the last hidden states
+    head             hidden states to logits
+    mtp_forward      the logits of each draft layer over a text that is known
+    InputError       what is raised for wrong files, configs and tokens
+
 Imports run one way: the model never imports train, which differentiates it, lab, which looks at it
 from outside, nor book, which has the figures, exercises and known bugs. A first run, with random
 weights:

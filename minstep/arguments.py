@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from minstep.configs import find_config
+from minstep.files import InputError
+
+MODEL = "checkpoint in hub layout, or a shipped name (trained, the small model shipped here)"
 FLOATS: dict[str, Any] = {"choices": ("float32", "float64"), "default": "float32"}
 
 
@@ -18,6 +22,11 @@ def add_command(
     added = parsers.add_parser(name, help=text, description=text, epilog=epilog, allow_abbrev=False)
     added.set_defaults(run=run)
     return added
+
+
+def add_model(add: Any, text: str = MODEL) -> None:
+    """The flag that names a model."""
+    add.add_argument("--model", type=model_folder, metavar="DIR", help=text)
 
 
 def given_or_read(text: str) -> str:
@@ -77,6 +86,14 @@ def number(expected: str, holds: Callable[[float], bool]) -> Callable[[str], flo
         return value
 
     return parsed
+
+
+def model_folder(text: str) -> Path:
+    """The folder of a checkpoint: a path, or where nothing is there a name that is shipped."""
+    try:
+        return find_config(not_empty(text))
+    except (InputError, OSError):  # refused where it is opened, which says more
+        return Path(text)
 
 
 def path(text: str) -> Path:

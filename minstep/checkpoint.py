@@ -15,6 +15,7 @@ import numpy as np
 
 from minstep.bf16 import BF16Array
 from minstep.config import Config, load_config
+from minstep.configs import shipped_folder
 from minstep.files import InputError
 from minstep.fp8 import FP8Array
 from minstep.header import Tensor, read_header
@@ -169,6 +170,9 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     elif (path / SINGLE).exists():
         found |= read_header(path / SINGLE)
         files[path / SINGLE] = {}
+    elif path.resolve().parent == shipped_folder():
+        made = f"minstep make-tiny {path.name} --out DIR makes some"
+        raise InputError(f"{path.name}: is a configuration that holds no weights; {made}")
     else:
         raise InputError(f"{path}: holds no weights, expected {SINGLE} or {INDEX}")
     has_no_head = {"embed_tokens.weight", "language_model.embed_tokens.weight"} & found.keys()

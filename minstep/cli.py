@@ -1,21 +1,23 @@
 """The command line: arguments in, one function per command, results on stdout; no maths."""
 
 import argparse
+import difflib
 import io
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, NoReturn
 
 import numpy as np
 
-from minstep import commands
+from minstep import __version__, commands
 from minstep.arguments import (
     FLOATS,
     add_command,
+    add_model,
     at_least,
     given_or_read,
     not_empty,
@@ -33,11 +35,43 @@ from minstep.lab.walk import add_walk
 from minstep.terminal import harmless
 from minstep.train.flags import add_train
 
+GROUPS = {  # of commands, as the help lists them
+    "run": "generate chat",
+    "look inside": "walk trace view inspect lab bench",
+    "compare with another engine": "record check-layer diff",
+    "learn": "exercise footgun",
+    "make a model": "make-tiny train",
+}
+
 
 class _Parser(argparse.ArgumentParser):
+    """argparse's, with refusals of one line that say what may have been meant."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is left over here: argparse would in the name of the whole program."""
+        known, rest = super().parse_known_args(args, namespace)
+        if rest:
+            meant = _meant(rest[0].split("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(rest)}{meant}")
+        return known, rest
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Of a wrong command say the nearest one; of another wrong choice what argparse says."""
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            known = ", ".join(action.choices)
+            meant = _meant(value, action.choices) or f", expected one of {known}"
+            self.error(f"{value}: no such command{meant}")
+        super()._check_value(action, value)
+
     def error(self, message: str) -> NoReturn:
         """Refuse wrong use in one line; argparse alone would print the whole usage."""
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def _meant(given: str, known: Iterable[str]) -> str:
+    """The nearest of the `known` words as a question, nothing where none is near."""
+    near = difflib.get_close_matches(given, [*known], 1, cutoff=0.7)
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,10 +107,12 @@ def main(argv: list[str] | None = None) -> int:
     return code or 0
 
 
-def _decoding_flags(add: argparse.ArgumentParser, temp: float, top_p: float, most: int) -> None:
+def _decoding_flags(
+    add: argparse.ArgumentParser, temp: float, top_p: float, most: int | None, told: str
+) -> None:
     """The flags of every command that generates; where mlx-lm has them, names are its."""
-    add.add_argument("--model", type=path, metavar="DIR", help="checkpoint in hub layout")
-    text = f"most tokens to generate ({most})"
+    add_model(add)
+    text = f"most tokens to generate ({told})"
     add.add_argument("--max-tokens", type=at_least(0), default=most, metavar="N", help=text)
     text = "end before this text; may be given several times"
     add.add_argument(
@@ -120,19 +156,29 @@ def _generate_flags(add: argparse.ArgumentParser) -> None:
     prompt.add_argument("--chat-messages", type=path, metavar="FILE.json", help=messages)
     tools = "what the model may call, as a JSON array; with --chat-messages"
     add.add_argument("--tools", type=path, metavar="FILE.json", help=tools)
-    _decoding_flags(add, temp=0.0, top_p=1.0, most=100)
+    _decoding_flags(add, temp=0.0, top_p=1.0, most=100, told="100")
     logs = "log-probabilities of each token and of the N likeliest"
     add.add_argument("--logprobs", type=at_least(0), default=0, metavar="N", help=logs)
-    show = "print the drafts of each forward pass, those that were kept in []"
+    show = "print each forward pass: its drafts, those that were kept in [], and its tokens"
     add.add_argument("--show-drafts", action="store_true", help=show)
     add.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="minstep", description="Step 3.5 Flash in plain NumPy.")
-    listed = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = _Parser(
+        prog="minstep",
+        usage="minstep [-h] [--version] COMMAND ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="start with: minstep walk\nflags and an example of each: minstep COMMAND --help",
+    )
+    version = f"minstep {__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    parser.set_defaults(run=lambda _: parser.print_help())
+    listed = parser.add_subparsers(prog="minstep", metavar="COMMAND", help=argparse.SUPPRESS)
+    texts: dict[str, str] = {}
 
     def command(name: str, run: Callable[..., int | None], text: str, example: str) -> Any:
+        texts[name] = text
         return add_command(listed, name, run, text, f"{name} {example}")
 
     example = '--prompt "Once" --max-tokens 20'
@@ -147,7 +193,8 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--tools", type=path, metavar="FILE.json", help=tools)
     text = "show answers without the thinking before them"
     add.add_argument("--hide-thinking", action="store_true", help=text)
-    _decoding_flags(add, temp=0.6, top_p=0.95, most=2048)
+    most = f"{commands.ANSWER}; {commands.PIECE} where the model only continues a text"
+    _decoding_flags(add, temp=0.6, top_p=0.95, most=None, told=most)
 
     add_train(command)
     add_lab_commands(command)
@@ -156,4 +203,13 @@ def _parser() -> argparse.ArgumentParser:
     add_view(command)
     add_exercise(command)
     add_walk(command)
+    parser.description = _listing(texts)
     return parser
+
+
+def _listing(texts: dict[str, str]) -> str:
+    """What the commands are for, by group."""
+    lines = ["Step 3.5 Flash in plain NumPy."]
+    for group, names in GROUPS.items():
+        lines += ["", f"{group}:", *(f"  {name:13}{texts[name]}" for name in names.split())]
+    return "\n".join(lines)

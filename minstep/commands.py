@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from minstep.conversation import Conversation, Story, talk
 from minstep.files import InputError
 from minstep.generate import Step, check_prompt, steps
 from minstep.keys import read_json
+from minstep.lab.facts import text_of
 from minstep.model import ModelWeights
 from minstep.sampling import Sampling
 from minstep.terminal import Display, Progress, drafts_line, harmless, note, summary
@@ -28,6 +30,8 @@ from minstep.tokenizer import StreamingText, encode, load_tokenizer
 from minstep.toolcalls import objects
 
 SHIPPED = "minstep: no --model: the small model shipped here, trained on Python's documentation"
+DRAFTS = " after  drafts, those that were kept in [] -> new tokens"  # above lines of drafts_line
+ANSWER, PIECE = 2048, 100  # most tokens of a chat's answer, and of a text that only goes on
 CONTINUES = "minstep: this model has learned to continue a text, not to answer"
 
 
@@ -138,7 +142,9 @@ def run_generate(args: Namespace) -> None:
     decoded = decode_steps(args, prompt, weights, model.config, rng)
     said = Continuation(decoded, stream, args.logprobs)
     try:
-        for piece in said:
+        for n, piece in enumerate(said):
+            if not n and args.prompt and not args.json:  # after the bar, which empties its line
+                Display().prompt(args.prompt)
             if not args.json:
                 comma = "," if len(said.tokens) > 1 else ""
                 shown = harmless(piece, sys.stdout) if stream else f"{comma}{said.tokens[-1]}"
@@ -153,12 +159,26 @@ def run_generate(args: Namespace) -> None:
         print(json.dumps(_result(args, prompt, said, tools), ensure_ascii=not is_utf8))
         return
     print()
+    word = partial(_word, model.tokenizer)
     for entry in said.logprobs:
-        likely = ", ".join(f"{top['token']} {top['logprob']:.4f}" for top in entry["top"])
-        print(f"token {entry['token']} {entry['logprob']:.4f} of {likely}")
+        chosen, *likely = (_logged(each, word) for each in (entry, *entry["top"]))
+        print(f"token {chosen} of {', '.join(likely)}")
     if args.show_drafts:
-        print(*map(drafts_line, said.passes), sep="\n")
+        print(DRAFTS, *(drafts_line(each, said.tokens, word) for each in said.passes), sep="\n")
     print(summary(said.stats(prompt)), file=sys.stderr)
+
+
+def _word(tokenizer: Tokenizer | None, token: int) -> str:
+    """A token's text in quotes, or its number where it has none."""
+    text = text_of(tokenizer, token)
+    return str(token) if text is None else repr(text)
+
+
+def _logged(entry: dict[str, Any], word: Callable[[int], str]) -> str:
+    """A token's number, its text where it has one, and its log-probability."""
+    token = entry["token"]
+    named = dict.fromkeys((str(token), word(token)))
+    return f"{' '.join(named)} {entry['logprob']:.4f}"
 
 
 def _result(
@@ -201,7 +221,9 @@ def run_chat(args: Namespace) -> None:
     check_drafts(args, model.config)
     weights, rng = model.load(_drafts(args)), np.random.default_rng(args.seed)
     if not model.config.can_chat:
-        note(CONTINUES)
+        note(f"{CONTINUES}; Ctrl-C stops it")
+    if args.max_tokens is None:
+        args.max_tokens = ANSWER if model.config.can_chat else PIECE
 
     def decode(prompt: list[int]) -> Iterator[Step]:
         return decode_steps(args, prompt, weights, model.config, rng)

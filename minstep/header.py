@@ -55,8 +55,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
     if length.to_bytes(8, "little") == LFS:
         raise InputError(f"{file}: is a Git LFS pointer, expected the file that it stands for")
     if size < 8 or length > min(size - 8, MAX_HEADER):
-        message = f"header length {length} does not fit a file of {size} bytes"
-        raise InputError(f"{file}: {message}, expected a whole safetensors file")
+        message = f"its header length {length} does not fit a file of {size} bytes"
+        raise InputError(f"{file}: is not a safetensors file, or not a whole one: {message}")
     try:
         header = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

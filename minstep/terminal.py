@@ -4,6 +4,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from minstep.chat import Event
@@ -76,10 +78,14 @@ def summary(stats: dict[str, Any]) -> str:
     return f"{prompt}; {new}{drafts}{peak}; stop: {stats['stop']}"
 
 
-def drafts_line(each: Pass) -> str:
-    """One forward pass: the new tokens before it, and its drafts, those that were kept in []."""
-    marks = [f"[{n}]" if k < each.kept else str(n) for k, n in enumerate(each.drafts)]
-    return f"{each.before:>6}  {' '.join(marks) or 'no drafts'}"
+def drafts_line(each: Pass, tokens: Sequence[int], word: Callable[[int], str] = str) -> str:
+    """One forward pass: the new tokens before it, its drafts, kept ones in [], and what it gave.
+
+    `tokens`: all new ones; `word`: how one is shown.
+    """
+    marks = [f"[{word(n)}]" if k < each.kept else word(n) for k, n in enumerate(each.drafts)]
+    given = map(word, tokens[each.before : each.before + each.new])
+    return " ".join([f"{each.before:>6} ", *(marks or ["no drafts"]), "->", *given])
 
 
 class Display:
@@ -95,6 +101,11 @@ class Display:
         self._dims = _can_dim(self._out)
         self._kind = ""  # the kind of the last event
         self._in_line = False  # whether the last line is not ended
+
+    def prompt(self, text: str) -> None:
+        """Print what an answer will go on with, where it can be told from the answer: dimmed."""
+        if self._dims:
+            self._put(f"{DIM}{harmless(text, self._out)}{PLAIN}")
 
     def show(self, event: Event) -> None:
         """Print a piece of the answer."""
@@ -153,6 +164,16 @@ def note(text: str, is_dim: bool = False) -> None:
     """A line to the user that is no part of the answer, on stderr."""
     is_dim = is_dim and _can_dim(sys.stderr)
     print(f"{DIM}{text}{PLAIN}" if is_dim else text, file=sys.stderr, flush=True)
+
+
+def wrote(path: Path, then: str = "") -> None:
+    """Tell the user of a file, or a folder of files, that was written, and what to do `then`."""
+    files = [file for file in (path, *path.rglob("*")) if file.is_file()]
+    size, units = float(sum(file.stat().st_size for file in files)), ["bytes", "KB", "MB", "GB"]
+    while size >= 1000 and units[1:]:
+        size, _ = size / 1000, units.pop(0)
+    digits = 1 if units[0] in ("MB", "GB") else 0
+    note(f"wrote {path} ({size:,.{digits}f} {units[0]}){then}")
 
 
 def _can_dim(stream: TextIO) -> bool:

@@ -1,5 +1,6 @@
 """What several tests share: the command line as a function, and a checkpoint to spoil."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,12 @@ class Ran(NamedTuple):
     code: int
     out: str
     err: str
+
+    @property
+    def only_wrote(self) -> bool:
+        """Whether it went well, and all it told is which file it wrote."""
+        told = re.fullmatch(r"wrote .+ \([\d.,]+ \w+\)(: open it in a browser)?\n", self.err)
+        return self.code == 0 and self.out == "" and told is not None
 
 
 Run = Callable[..., Ran]

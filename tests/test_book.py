@@ -88,6 +88,11 @@ def test_the_package_says_which_chapter_each_of_its_files_has() -> None:
             assert reaches, f"chapter {number} does not quote {path}"
 
 
+def test_the_package_says_what_each_of_its_own_names_is() -> None:
+    told = re.findall(r"^    ([A-Za-z]\w+)  +\w.*$", minstep.__doc__ or "", re.M)
+    assert sorted(told) == sorted(minstep.__all__)
+
+
 def test_every_public_name_of_the_model_is_in_a_chapter() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in BOOK)
     words = set(re.findall(r"\w+", text))

@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,7 +23,8 @@ import minstep.lab.commands
 import minstep.save
 from minstep import find_config, load_config
 from minstep.chat import render
-from minstep.cli import _parser
+from minstep.cli import GROUPS, _parser
+from minstep.terminal import DIM, PLAIN
 from minstep.tokenizer import load_tokenizer
 from minstep.weights import tensor_shapes
 from tests.conftest import GOLDEN, Refused, Run
@@ -129,10 +131,40 @@ def test_drafts_are_shown_pass_by_pass(run: Run) -> None:
     ran = run("generate", *arguments, "--ignore-eos", "--show-drafts")
     lines = ran.out.splitlines()
     assert lines[0] == ",".join(map(str, meta["greedy"]))
-    assert lines[1].split() == ["0", "no", "drafts"]
-    assert lines[4].split() == ["3", "[78]", "156", "286"]
-    assert "15  [113] [163] [39]" in ran.out
+    assert lines[1] == minstep.commands.DRAFTS
+    new = [str(n) for n in meta["greedy"]]
+    assert lines[2].split() == ["0", "no", "drafts", "->", new[0]]
+    assert lines[5].split() == ["3", "[78]", "156", "286", "->", *new[3:5]]
+    assert f"15  [113] [163] [39] -> {' '.join(new[15:19])}\n" in ran.out
     assert "drafts kept" in ran.err and "tokens per forward pass" in ran.err
+
+
+def test_tokens_are_shown_as_text_where_there_is_a_tokenizer(run: Run) -> None:
+    arguments = ("generate", "--prompt", "The with statement", "--max-tokens", 12)
+    ran = run(*arguments, "--ignore-eos", "--show-drafts", "--logprobs", 2)
+    result = json.loads(run(*arguments, "--ignore-eos", "--json", "--logprobs", 2).out)
+    tokenizer = load_tokenizer(find_config("trained"))
+    assert tokenizer
+    texts = [tokenizer.decode([token], skip_special_tokens=False) for token in result["tokens"]]
+    _, drafts = ran.out.split(f"{minstep.commands.DRAFTS}\n")
+    assert drafts.splitlines()[0] == f"     0  no drafts -> {texts[0]!r}"
+    given = [line.split(" -> ")[1] for line in drafts.splitlines()]
+    assert " ".join(given) == " ".join(map(repr, texts))
+    first = result["logprobs"][0]
+    chosen = f"{first['token']} {texts[0]!r} {first['logprob']:.4f}"
+    assert f"\ntoken {chosen} of {chosen}, " in ran.out
+
+
+def test_on_a_terminal_the_prompt_stands_dimmed_before_its_continuation(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("generate", "--prompt", "Once", "--max-tokens", 3)
+    piped = run(*arguments).out
+    monkeypatch.setattr("minstep.terminal._can_dim", lambda stream: True)
+    assert run(*arguments).out == f"{DIM}Once{PLAIN}{piped}"
+    assert json.loads(run(*arguments, "--json").out)["text"] + "\n" == piped
+    tokens = ",".join(map(str, json.loads(run(*arguments, "--json").out)["prompt_tokens"]))
+    assert run("generate", "--tokens", tokens, "--max-tokens", 3).out == piped
 
 
 def test_generation_stops_before_a_stop_text(run: Run) -> None:
@@ -218,7 +250,7 @@ def test_a_trace_holds_every_golden_name_in_the_order_of_computation(
     out = tmp_path / "trace.safetensors"
     tokens = ",".join(map(str, prompt))
     ran = run("trace", "--model", GOLDEN / name / "bf16", "--tokens", tokens, "--out", out)
-    assert (ran.code, ran.out, ran.err) == (0, "", "")
+    assert (ran.code, ran.out) == (0, "") and ran.err.startswith(f"wrote {out} (")
     written = load_file(out)
     assert set(load_file(GOLDEN / name / "golden_f64.safetensors")) <= set(written)
     with safe_open(out, "numpy") as opened:
@@ -267,7 +299,62 @@ def test_the_help_of_each_command_has_an_example_that_parses(
     assert _parser().parse_args(shlex.split(example)).run
 
 
+@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
+def test_a_model_may_be_a_shipped_name_wherever_one_is_taken(command: tuple[str, ...]) -> None:
+    parser = _parser()
+    for word in command:
+        parser = inner(parser)[word]
+    kinds = [action.type for action in parser._actions if action.dest == "model"]
+    if command != ("inspect",):  # takes configurations too, and says which it was given
+        assert all(callable(kind) and kind("trained") == find_config("trained") for kind in kinds)
+
+
+def test_a_shipped_name_opens_the_model_unless_a_file_has_that_name(
+    run: Run, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--prompt", "Once", "--max-tokens", 3)
+    monkeypatch.chdir(tmp_path)
+    named, default = run("generate", "--model", "trained", *arguments), run("generate", *arguments)
+    assert (named.code, named.out) == (0, default.out)
+    assert minstep.commands.SHIPPED not in named.err
+    recording = ("--model", "trained", "--prompt", "Once", "--out", "r.safetensors")
+    assert run("record", *recording, "--layers", 0).code == 0
+    check = ("check-layer", "trained", "--layer", 0, "--against", "r.safetensors")
+    assert run(*check).code == 0
+    assert run("diff", "r.safetensors", "r.safetensors", "--model", "trained").code == 0
+    (tmp_path / "trained").mkdir()
+    refused("generate", "--model", "trained", *arguments, naming=("trained/config.json",))
+
+
+def test_the_help_lists_every_command_once_in_its_group(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    told, alone = run("--help"), run()
+    assert alone == told and (told.code, told.err) == (0, "")
+    listed = re.findall(r"^  ([a-z-]{2,}) +\S", told.out.partition("options:")[0], re.M)
+    assert sorted(listed) == sorted(inner(_parser()))
+    assert listed == " ".join(GROUPS.values()).split()
+    assert all(f"\n{group}:\n" in told.out for group in GROUPS)
+    assert max(map(len, told.out.splitlines())) <= 80
+    assert "start with: minstep walk" in told.out
+
+
+def test_the_version_is_the_package_s(run: Run) -> None:
+    assert run("--version") == (0, f"minstep {minstep.__version__}\n", "")
+
+
 # What is wrong
+
+
+def test_a_configuration_without_weights_says_how_to_make_some(refused: Refused) -> None:
+    naming = ("minstep: tiny: ", "no weights", "minstep make-tiny tiny --out DIR")
+    refused("generate", "--model", "tiny", "--tokens", 4, naming=naming)
+
+
+@pytest.mark.parametrize("name", ["traned", "x" * 5000, "a\0b"])
+def test_a_model_that_is_not_there_is_refused(name: str, refused: Refused) -> None:
+    refused("generate", "--model", name, "--tokens", 4, naming=("",))
 
 
 @pytest.mark.parametrize("command", ["generate", "trace"])
@@ -378,8 +465,14 @@ def test_a_tokenizer_of_another_model_is_refused_by_its_token(tiny: Path, refuse
 @pytest.mark.parametrize(
     ("arguments", "naming"),
     [
-        ((), ("COMMAND",)),
-        (("dance",), ("dance", "generate")),
+        (("dance",), ("dance", "generate", "walk")),
+        (("genrate",), ("minstep: genrate: no such command, did you mean generate?",)),
+        (("lab", "ruter"), ("minstep lab: ruter: ", "did you mean router?", "minstep lab --help")),
+        (("--chart",), ("--chart", "(see minstep --help)")),
+        (
+            ("generate", "--tokens", "4", "--max_tokens=5"),
+            ("--max_tokens=5, did you mean --max-tokens?", "minstep generate --help"),
+        ),
         (("generate",), ("--prompt", "--tokens")),
         (("generate", "--prompt", "a", "--tokens", "4"), ("--tokens", "--prompt")),
         (("generate", "--tokens", "4", "--temp", "nan"), ("--temp", "nan")),

@@ -357,7 +357,7 @@ def test_chat_is_refused_before_the_work(
     refused("chat", "--stop", "", naming=("--stop",))
     monkeypatch.setattr(sys, "stdin", None)
     refused("chat", naming=("stdin is closed",))
-    assert "(2048)" in run("chat", "--help").out
+    assert "(2048; 100 where" in " ".join(run("chat", "--help").out.split())
 
 
 @pytest.fixture(scope="module")
@@ -401,12 +401,29 @@ def test_the_shipped_model_says_that_it_only_continues(refused: Refused, tmp_pat
     ran = piped(None, b"The with statement\nIt", "--max-tokens", "12", "--temp", "0")
     out, err = ran.stdout.decode(), ran.stderr.decode().splitlines()
     assert ran.returncode == 0 and "<think>" not in out and len(out.split()) > 5
-    assert err[:2] == [SHIPPED, CONTINUES]
+    assert err[:2] == [SHIPPED, f"{CONTINUES}; Ctrl-C stops it"]
     file = tmp_path / "tools.json"
     file.write_text("[]")
     assert piped(None, b"Hi", "--tools", str(file), "--max-tokens", "2").returncode == 0
     file.write_text(json.dumps([TOOL]))
     refused("chat", "--tools", file, naming=("--tools", "can_chat"))
+
+
+def test_an_answer_may_be_longer_than_a_text_that_only_goes_on(
+    noisy: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most: list[int] = []
+
+    def decode(args: Any, *_: Any) -> Iterator[Step]:
+        most.append(args.max_tokens)
+        return iter(())
+
+    monkeypatch.setattr(minstep.commands, "decode_steps", decode)
+    monkeypatch.setattr(minstep.commands, "talk", lambda _, decode, *rest: list(decode([5])))
+    for model in (("--model", noisy), ()):
+        for flags in ((), ("--max-tokens", 7)):
+            assert run("chat", *model, *flags).code == 0
+    assert most == [2048, 7, 100, 7]
 
 
 def test_a_piped_line_that_cannot_be_answered_ends_with_two(noisy: str) -> None:

@@ -10,12 +10,14 @@ import pytest
 
 import minstep
 from minstep.bf16 import BF16Array
+from minstep.continuation import Pass
 from minstep.lab.compare import TOLERANCES
 from minstep.lab.diff import diff, first_departure
+from minstep.lab.facts import metadata
 from minstep.lab.pairs import compare_all, tolerance_of
 from minstep.lab.recording import Recording
-from minstep.lab.trace import Trace, record
-from tests.conftest import Refused, Run
+from minstep.lab.trace import Trace, record, save_trace
+from tests.conftest import Ran, Refused, Run
 from tests.recordings import as_transformers, as_vllm, layers_of, rounded, save
 from tests.test_golden import GOLDEN, WEIGHTS, meta
 
@@ -278,6 +280,7 @@ def test_ties_are_told_in_the_last_line(
     lines = {line.split()[0]: line for line in ran.out.splitlines()}
     assert lines[f"{L3}.moe"].endswith("ok, 1 rows left out")
     assert lines[L4].endswith("not compared, 12 rows left out")
+    assert lines[L4].split()[3:6] == ["-", "-", "-"]
     said = f"from {L4}.input_layernorm on not compared, since a tie leaves no row: use check-layer"
     assert said in ran.out.splitlines()[-1]
     report = json.loads(run("diff", *files, "--json").out)
@@ -495,7 +498,9 @@ def test_where_the_layer_alone_is_right_that_is_said(
     ran = run("diff", ours, theirs, "--model", FOLDER)
     layer = {"model.embed_tokens": 0, L3: 3, f"{L4}.moe": 4}.get(name, len(CONFIG.layers) - 1)
     assert ran.code == 1
-    assert ran.out.splitlines()[-1].startswith(f"layer {layer}, run from the input that {theirs}")
+    last = ran.out.splitlines()[-1]
+    assert last.startswith(f"layer {layer}, run from the input that {theirs}")
+    assert last.endswith(f"in {ours}, or this minstep was edited since")
 
 
 def test_what_cannot_be_explained_is_still_a_mismatch(
@@ -510,6 +515,87 @@ def test_what_cannot_be_explained_is_still_a_mismatch(
     ran = run("diff", *files, "--model", tmp_path)
     assert ran.code == 1 and "holds no weights" in ran.out.splitlines()[-1]
     assert run("diff", files[0], files[0], "--model", tmp_path).code == 0
+
+
+# Continuations that differ
+
+
+def continued(path: Path, tokens: list[int], prompt: int, trace: Trace | None = None) -> Path:
+    """What trace writes of a prompt and the text that follows it, which may be none."""
+    trace = record(tokens, WEIGHTS[FOLDER], CONFIG) if trace is None else trace
+    new = [Pass(n, [], 0, 1) for n in range(len(tokens) - prompt)]
+    save_trace(trace, tokens, metadata(CONFIG, None, tokens, new), path)
+    return path
+
+
+@pytest.mark.parametrize("form", ["trace", "vllm"])
+def test_where_continuations_differ_what_both_texts_begin_with_is_compared(
+    form: str, trace: Trace, run: Run, tmp_path: Path
+) -> None:
+    other = [*TOKENS[:8], 1 + TOKENS[8], *TOKENS[:5]]
+    theirs = record(other, WEIGHTS[FOLDER], CONFIG)
+    ours, file = continued(tmp_path / "ours", TOKENS, 5), tmp_path / "theirs"
+
+    def compared(theirs: Trace, *more: object) -> Ran:
+        if form == "vllm":  # an engine that says nothing of where its prompt ends
+            save(as_vllm(theirs), file, tokens=other)
+        else:
+            continued(file, other, 5, theirs)
+        return run("diff", ours, file, *more)
+
+    ran = compared(theirs)
+    assert ran.code == 0, ran.out
+    said = "compared over the first 8 tokens, all that both texts begin with"
+    assert ran.out.splitlines()[-2] == said
+    last_rows = {"model.layers.5": 7, "lm_head": 7, "model.layers.8": 6, "model.layers.10": 4}
+    for name, row in last_rows.items():
+        for more in ((), ("--model", FOLDER)):
+            ran = compared(spoilt(theirs, name, (row, 3), 1), *more)
+            assert ran.code == 1 and f"departs first at {name}: " in ran.out
+        assert compared(spoilt(theirs, name, (row + 1, 3), 1)).code == 0
+    report = json.loads(compared(theirs, "--json").out)
+    assert report["shared_tokens"] == 8
+    shapes = {row["name"]: row["shape"] for row in report["tensors"]}
+    assert shapes["model.layers.9"] == [6, 64] and shapes["model.norm"] == [8, 64]
+    if form == "trace":
+        assert [shapes[f"model.layers.{n}.self_attn.probs"][1:] for n in (0, 10)] == [
+            [8, 8],
+            [5, 5],
+        ]
+    assert json.loads(run("diff", ours, ours, "--json").out)["shared_tokens"] is None
+
+
+def test_a_text_that_only_goes_on_longer_is_compared_as_far_as_the_other(
+    trace: Trace, run: Run, tmp_path: Path
+) -> None:
+    ours = continued(tmp_path / "ours", TOKENS, 5, trace)
+    for count in (9, 5):
+        shorter = continued(tmp_path / "shorter", TOKENS[:count], 5)
+        for files in ((ours, shorter), (shorter, ours)):
+            ran = run("diff", *files)
+            assert ran.code == 0 and f"compared over the first {count} tokens" in ran.out, ran.out
+
+
+def test_only_the_last_token_s_logits_are_not_those_of_the_shared_ones(
+    trace: Trace, run: Run, tmp_path: Path
+) -> None:
+    ours, theirs = continued(tmp_path / "ours", TOKENS, 5, trace), tmp_path / "theirs"
+    other = record(text := [*TOKENS[:8], 1 + TOKENS[8]], WEIGHTS[FOLDER], CONFIG)
+    save(other | {"lm_head": other["lm_head"][-1:], "zebra": trace[L3]}, theirs, tokens=text)
+    ran = run("diff", ours, theirs)
+    assert ran.code == 0, ran.out
+    assert f"only in {ours}: 1 such as lm_head" in ran.out
+
+
+@pytest.mark.parametrize("prompts", [(9, 5), (9, 9), (5, 10), (12, 12)])
+def test_prompts_that_differ_are_no_continuations(
+    prompts: tuple[int, int], trace: Trace, tmp_path: Path, refused: Refused
+) -> None:
+    ours = continued(tmp_path / "ours", TOKENS, prompts[0], trace)
+    other = [*TOKENS[:8], 1 + TOKENS[8], *TOKENS[9:]]
+    theirs = continued(tmp_path / "theirs", other, prompts[1], trace)
+    naming = (f"{theirs}: was recorded from another prompt: token 8 is {other[8]}, expected",)
+    refused("diff", ours, theirs, naming=naming)
 
 
 def test_one_pair_of_tensors_is_in_memory_at_a_time(tmp_path: Path) -> None:
@@ -542,6 +628,8 @@ def write_bad(path: Path, trace: Trace, kind: str) -> None:
         save({L3: trace[L3], "layers.3": trace[L3]}, path, tokens=TOKENS)
     elif kind == "other token":
         save(trace, path, tokens=[*TOKENS[:3], 1, *TOKENS[4:]])
+    elif kind == "first token":
+        save(trace, path, tokens=[1, *TOKENS[1:]])
     elif kind == "longer":
         save(trace, path, tokens=[*TOKENS, 1])
     elif kind == "rows":
@@ -557,11 +645,12 @@ def write_bad(path: Path, trace: Trace, kind: str) -> None:
 BAD = {
     "missing": ("theirs.safetensors: cannot be read: No such file",),
     "truncated": ("theirs.safetensors", "truncated"),
-    "empty": ("theirs.safetensors", "expected a whole safetensors file"),
-    "text": ("theirs.safetensors", "expected a whole safetensors file"),
+    "empty": ("theirs.safetensors: is not a safetensors file, or not a whole one",),
+    "text": ("theirs.safetensors: is not a safetensors file, or not a whole one",),
     "folder": ("theirs.safetensors", "cannot be read"),
     "twice": ("model.layers.3 and layers.3 are both model.layers.3, expected one",),
-    "other token": ("another prompt: token 3 is 1, expected", "ours.safetensors"),
+    "first token": ("another prompt: token 0 is 1, expected", "as in", "ours.safetensors"),
+    "other token": ("begins as ", "but token 3 is 1, expected", "without --max-tokens"),
     "longer": ("another prompt: 13 tokens, expected 12", "ours.safetensors"),
     "rows": ("another prompt: 5 rows, expected 12", "ours.safetensors"),
     "nothing in common": ("no tensor in common", "196 such as model.embed_tokens", "zebra"),

@@ -18,16 +18,18 @@ from minstep.book.exercise import (
     bugged,
     file_of,
     mark,
+    returning,
     solution,
     stubs,
     without_bodies,
     write,
 )
 from minstep.book.lessons import EXERCISES, PLANT
-from minstep.book.scenes import WHOLE, Scene, departure, difference
+from minstep.book.museum import EXHIBITS
+from minstep.book.scenes import WHOLE, Scene, departure, difference, told_apart
 from minstep.files import InputError
 from minstep.lab.copies import Find, copies, source
-from minstep.lab.footguns import FOOTGUNS, UNSEEN, Footgun, planted
+from minstep.lab.footguns import FOOTGUNS, UNSEEN, Footgun, is_plantable, planted
 from tests.conftest import Refused, Run
 
 
@@ -71,7 +73,8 @@ def first(scenes: tuple[Scene, ...], find: Find) -> str | None:
 @pytest.mark.parametrize(("number", "scene"), SCENES)
 def test_the_source_is_a_solution(number: int, scene: Scene) -> None:
     names = EXERCISES[number].functions or {bug.module: () for bug in BUGS}
-    assert departure(scene, copies({name: source(name) for name in names}, CHAIN)) is None
+    texts = {name: returning(source(name), name) for name in names}
+    assert departure(scene, copies(texts, CHAIN)) is None
 
 
 @pytest.mark.parametrize("number", [number for number in EXERCISES if number != PLANT])
@@ -200,6 +203,70 @@ def test_what_departs_is_said_with_its_place(expected: Any, got: Any, words: str
     assert (difference("v", expected, got, 1e-3) or "").startswith(words)
 
 
+def test_numbers_that_differ_are_shown_with_the_digits_that_tell_them_apart() -> None:
+    x = np.full((2, 3), 1.7156998)
+    said = difference("v", x, x * (1 + 5.2e-8), 1e-9) or ""
+    assert "first at [0, 0]: 1.7156999, expected 1.7156998" in said
+    assert (difference("v", 0.5, 0.5 + 1e-9, 1e-10) or "").startswith("v is 0.500000001, expected")
+    assert "1, expected 2" in (difference("v", ONES * 2, ONES, 1e-3) or "")
+    assert told_apart(1.0, float(np.nextafter(1.0, 2))) == ("1", "1.0000000000000002")
+
+
+@pytest.mark.parametrize(("by", "is_asked"), [(1e-8, True), (2e-6, True), (1e-4, False)])
+def test_float32_in_a_float64_run_is_suspected(by: float, is_asked: bool) -> None:
+    said = difference("v", ONES, ONES * (1 + by), 1e-9) or ""
+    assert ("is a weight used in the dtype it is stored in?" in said) == is_asked
+    single = difference("v", ONES.astype(np.float32), (ONES * (1 + by)).astype(np.float32), 0) or ""
+    assert "stored in" not in single
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "line"),
+    [
+        ("norm", "rms_norm", "return x / np.sqrt("),
+        ("moe", "experts", "return out"),
+        ("model", "block", "return x + (routed"),
+        ("mtp", "mtp_head", "return tap("),
+    ],
+)
+@pytest.mark.parametrize("scene", WHOLE, ids=lambda scene: scene.__name__)
+def test_a_forgotten_return_is_told_as_such(
+    name: str, function: str, line: str, scene: Scene, tmp_path: Path
+) -> None:
+    text = source(name)
+    assert text.count(line) == 1
+    (tmp_path / f"{name}.py").write_text(text.replace(line, line.removeprefix("return ")))
+    assert departure(scene, solution(tmp_path)) == f"{function} returned None"
+
+
+def test_functions_that_may_return_nothing_still_do() -> None:
+    text = """
+def f(x: int) -> int | None:
+    if x:
+        return x
+
+def g() -> None:
+    f(1)
+
+def h(x: int) -> int:
+    if x:
+        return x
+
+def walk() -> Iterator[int]:
+    yield 1
+
+def untyped():
+    pass
+"""
+    names: dict[str, Any] = {}
+    exec(compile("from collections.abc import Iterator", "", "exec"), names)
+    exec(compile(returning(text, "file.py"), "file.py", "exec"), names)
+    assert (names["f"](0), names["g"](), names["h"](3), names["untyped"]()) == (None, None, 3, None)
+    assert list(names["walk"]()) == [1]
+    with pytest.raises(NotImplementedError, match="^h returned None$"):
+        names["h"](0)
+
+
 def test_rounding_and_tensors_that_were_not_shown_are_no_difference() -> None:
     assert difference("v", ONES, ONES * (1 + 1e-5), 1e-4) is None
     assert difference("v", {"q": ONES, "k": ONES}, {"k": ONES, "other": ONES}, 1e-4) is None
@@ -243,6 +310,22 @@ def test_a_seed_plants_a_known_bug_that_the_checks_see() -> None:
         assert file in [{bug.module: planted(bug)} for bug in BUGS]
 
 
+def test_a_bug_whose_line_was_edited_is_not_planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = source
+
+    def edited(name: str) -> str:
+        return real(name).replace("gate", "door") if name == "attention" else real(name)
+
+    monkeypatch.setattr("minstep.lab.footguns.source", edited)
+    for seed in range(200):
+        (name,) = (files := bugged(seed))
+        bugs = [bug for bug in BUGS if bug.module == name and is_plantable(bug)]
+        assert files[name] in [planted(bug) for bug in bugs]
+    monkeypatch.setattr("minstep.lab.footguns.source", lambda name: "")
+    with pytest.raises(InputError, match="exercise 13: every line"):
+        bugged(0)
+
+
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.bug)
 def test_every_bug_that_may_be_planted_is_seen(bug: Footgun) -> None:
     assert first(WHOLE, copies({bug.module: planted(bug)}, CHAIN))
@@ -261,7 +344,7 @@ def test_a_folder_is_red_at_first_and_green_with_the_source(
 ) -> None:
     folder = tmp_path / "mine"
     ran = run("exercise", number, "--out", folder)
-    assert (ran.code, ran.err) == (0, "")
+    assert ran.code == 0 and ran.err.startswith(f"wrote {folder} (")
     assert ran.out.endswith(f"now: pytest -m {mark(number)} {folder}\n")
     held = [name for name in CHAIN if (folder / file_of(name)).exists()]
     assert held and all(file_of(name) in ran.out for name in held)
@@ -304,6 +387,10 @@ def test_a_reader_s_mistake_is_told_with_the_line_of_his_file(tmp_path: Path) ->
 def test_without_a_number_all_are_listed(run: Run) -> None:
     ran = run("exercise")
     assert (ran.code, ran.err) == (0, "")
+    every = {bug.bug for rows in (FOOTGUNS, UNSEEN) for row in rows.values() for bug in row}
+    ours = {bug.bug for bug in BUGS}
+    assert f"one of {len(ours)} of the museum's {len(every)} bugs to find" in ran.out
+    assert len(every) == sum(len(exhibit.bugs) for exhibit in EXHIBITS)
     for number, exercise in EXERCISES.items():
         assert f"{number:2}  {exercise.title}\n" in ran.out
         for name, functions in exercise.functions.items():

@@ -9,7 +9,7 @@ import pytest
 import minstep
 from minstep.lab.checks import check_layers
 from minstep.lab.explain import explain, looks_like
-from minstep.lab.footguns import CHAIN, FOOTGUNS, Footgun, Variant, variant
+from minstep.lab.footguns import CHAIN, FOOTGUNS, Footgun, Variant, is_plantable, variant
 from minstep.lab.layer import check_layer
 from minstep.lab.recording import Recording
 from minstep.lab.trace import Recorder, Trace
@@ -64,8 +64,11 @@ def test_no_two_footguns_change_the_same_thing_and_each_can_follow_looks_like() 
 
 @pytest.mark.parametrize(("right", "count"), [("no such line", "0"), ("weight", "[2-9]")])
 def test_a_line_that_is_gone_or_stands_twice_is_reported(right: str, count: str) -> None:
-    with pytest.raises(RuntimeError, match=f"stale: its line stands {count} times in norm.py"):
-        variant(Footgun("stale", "norm", right, ""))
+    stale = Footgun("stale", "norm", right, "")
+    said = f"the line that the bug 'stale' changes stands there {count} times, expected once"
+    with pytest.raises(minstep.InputError, match=f"^minstep/norm.py: {said}: undo the edit"):
+        variant(stale)
+    assert not is_plantable(stale)
 
 
 @pytest.mark.parametrize("module", CHAIN)

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import minstep
-from minstep.lab.explain import ALL, explain, leading, reaches
-from minstep.lab.footguns import Footgun, variant
+from minstep.lab.explain import ALL, explain, leading, not_tried, reaches
+from minstep.lab.footguns import FOOTGUNS, Footgun, variant
 from minstep.lab.recording import Recording
 from minstep.lab.rerun import Rerun, layer_input, run_layer
 from minstep.lab.trace import Recorder, Trace
@@ -309,6 +309,46 @@ def test_a_bug_that_shows_in_every_layer_is_tried_first_on_the_next(
         assert said(ran, layer)[1:] == ["looks like: window one too long (minstep/attention.py)"]
     assert ran.out.splitlines()[-1] == "mismatch: layers 1-3,5-10 of 11 layers checked"
     assert tried == [0, len(ALL), 1, 1, 1, 1, 1, 1, 1, 1]
+
+
+def test_bugs_whose_lines_were_edited_are_not_tried_which_is_said_once(
+    check: Check, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = minstep.lab.footguns.source
+
+    def edited(name: str) -> str:
+        return real(name).replace("spec.window, tap)", "spec.window,  tap)")
+
+    silu, window = (
+        next(footgun for footgun in ALL if footgun.bug == bug)
+        for bug in ("gate as SiLU, not sigmoid", "window one too long")
+    )
+    traces = [hooked(traced(TINY, footgun)) for footgun in (silu, window)]
+    monkeypatch.setattr("minstep.lab.footguns.source", edited)
+    not_tried = "not tried: 3 known bugs, whose lines in minstep/attention.py were changed"
+    found, unknown = (check(trace, "--layer", "2-3") for trace in traces)
+    assert found.code == unknown.code == 1
+    for ran in (found, unknown):
+        assert ran.out.splitlines()[-2] == not_tried and ran.out.count("not tried") == 1
+    assert said(found, 2)[1:] == [f"looks like: {silu.bug} (minstep/attention.py)"]
+    assert said(unknown, 2)[1:] == ["no known porting bug explains it"]
+    report = json.loads(check(traces[1], "--layer", 2, "--json").out)
+    assert len(report["not_tried"]) == 3 and window.bug in report["not_tried"]
+    ours = save(hooked(traced(TINY)), tmp_path / "ours", tokens=prompt("tiny"))
+    ran = run("diff", ours, tmp_path / "recording", "--model", TINY)
+    assert ran.code == 1 and ran.out.splitlines()[-1] == not_tried
+    assert "not tried" not in check(hooked(traced(TINY)), "--layer", 2).out
+
+
+def test_files_with_edited_lines_are_each_named() -> None:
+    first, second = FOOTGUNS["window"][0], FOOTGUNS["rope_theta"][0]
+    assert not_tried([]) == []
+    one = "not tried: 1 known bug, whose line in minstep/attention.py was changed"
+    assert not_tried([first, first]) == [one]
+    assert (
+        "2 known bugs, whose lines in minstep/attention.py and minstep/config.py"
+        in (not_tried([first, second])[0])
+    )
 
 
 @pytest.mark.parametrize("layer", range(11))

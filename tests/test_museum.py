@@ -258,6 +258,23 @@ PER_LAYER = (
 )
 
 
+def test_a_bug_whose_line_was_edited_is_refused_and_all_others_are_not(
+    run: Run, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def edited(name: str) -> str:
+        text = source(name)
+        if name == "mtp":  # the second place of a bug, in the Drafter
+            return text.replace("x, layer,", "x,  layer,")
+        return text.replace("spec.window, tap)", "spec.window,  tap)")
+
+    monkeypatch.setattr("minstep.lab.footguns.source", edited)
+    for what in ("show", "run"):
+        naming = ("minstep/attention.py: the line", "'window one too long'", "undo the edit")
+        refused("footgun", what, "window-off-by-one", naming=naming)
+        refused("footgun", what, "mtp-main-state", naming=("minstep/mtp.py: the line that",))
+    assert run("footgun", "list").code == run("footgun", "show", "gate").code == 0
+
+
 def test_unknown_names_and_bad_arguments_are_refused(refused: Refused, tmp_path: Path) -> None:
     for what in ("show", "run"):
         naming = ("windw", "window-", "or another of minstep footgun list")

@@ -71,7 +71,7 @@ def test_without_choosing_it_is_the_whole_trace_but_probabilities(
     prompt = json.loads((folder.parent / "meta.json").read_text())["prompt"]
     out, tokens = tmp_path / "out.safetensors", ",".join(map(str, prompt))
     given = ("--model", folder, "--tokens", tokens, "--dtype", dtype, "--out", out)
-    assert run("record", *given) == (0, "", "")
+    assert run("record", *given).only_wrote
     every = traced(folder, prompt, dtype)
     same(out, {n: x for n, x in every.items() if not n.endswith((".probs", ".input"))})
     assert names(tmp_path) == ["out.safetensors"]
@@ -111,7 +111,7 @@ def test_layers_and_globs_choose_among_the_tensors_of_a_trace(
     chosen: tuple[str, ...], wanted: Callable[[str], bool], run: Run, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    assert run("record", *GIVEN, *chosen, "--out", out) == (0, "", "")
+    assert run("record", *GIVEN, *chosen, "--out", out).only_wrote
     every = traced(TINY, TOKENS, "float32")
     expected = {name: x for name, x in every.items() if wanted(name)}
     if "0" in chosen:
@@ -179,7 +179,7 @@ def test_the_prompt_may_be_text(run: Run, refused: Refused, tmp_path: Path) -> N
         "--out",
         tmp_path / "out",
     )
-    assert run("record", *given) == (0, "", "")
+    assert run("record", *given).only_wrote
     with safe_open(tmp_path / "out", "numpy") as opened:
         tokens = json.loads(opened.metadata()["tokens"])
     tokenizer = minstep.tokenizer.load_tokenizer(made)
@@ -193,7 +193,7 @@ def test_any_stored_dtype_is_recorded_as_trace_does(dtype: str, run: Run, tmp_pa
     made = tmp_path / "made"
     assert run("make-tiny", "tiny", "--out", made, "--dtype", dtype, "--shards", 3).code == 0
     given = ("--model", made, "--tokens", "5,17,9,4", "--out")
-    assert run("record", *given, tmp_path / "out", "--layers", "2-9") == (0, "", "")
+    assert run("record", *given, tmp_path / "out", "--layers", "2-9").only_wrote
     every = traced(made, [5, 17, 9, 4], "float32")
     wanted = {n: x for n, x in every.items() if own(n, *range(2, 10)) and aside(n)}
     same(tmp_path / "out", wanted | {L + "2.input": every[L + "1"]})
@@ -220,7 +220,7 @@ def test_only_the_shards_of_the_layers_run_must_be_there(
 ) -> None:
     (sharded_tiny / "model-00002-of-00002.safetensors").unlink()  # the second half of 5, and 6 on
     given = ("--model", sharded_tiny, *GIVEN[2:], "--out", tmp_path / "out")
-    assert run("record", *given, "--layers", "0-4") == (0, "", "")
+    assert run("record", *given, "--layers", "0-4").only_wrote
     before = names(tmp_path)
     for chosen in (("--layers", "0-5"), ("--layers", "5"), (), ("--names", "lm_head")):
         naming = ("model-00002-of-00002.safetensors", "is missing", f"{L}5.moe.")
@@ -244,7 +244,7 @@ def test_a_layer_begins_from_its_recorded_input_with_its_own_shard_alone(
         kept = shutil.copytree(sharded_tiny, tmp_path / f"kept{layer}")
         (kept / f"{gone}safetensors").unlink()
         given = ("--model", kept, *GIVEN[2:], "--layers", layer, "--input", whole, "--out", one)
-        assert run("record", *given) == (0, "", ""), where
+        assert run("record", *given).only_wrote, where
         wanted = {n: x for n, x in every.items() if own(n, layer) and aside(n)}
         same(one, wanted | {f"{L}{layer}.input": every[f"{L}{layer - 1}"]})
 
@@ -254,7 +254,7 @@ def test_mtp_layers_begin_from_a_recorded_input_too(layers: str, run: Run, tmp_p
     whole, some = tmp_path / "whole", tmp_path / "some"
     assert run("record", *GIVEN, "--out", whole).code == 0
     given = (*GIVEN, "--layers", layers, "--out", some, "--input")
-    assert run("record", *given, whole) == (0, "", "")
+    assert run("record", *given, whole).only_wrote
     numbers = [int(n) for n in layers.split("-")]
     every = traced(TINY, TOKENS, "float32")
     wanted = {n: x for n, x in every.items() if own(n, *numbers) and aside(n)}
@@ -271,7 +271,7 @@ def test_the_input_may_be_another_engine_s(run: Run, tmp_path: Path) -> None:
     foreign.write_bytes(len(text).to_bytes(8, "little") + text + bits.tobytes())
     out = tmp_path / "out"
     given = (*GIVEN, "--layers", "2", "--input", foreign, "--dtype", "float64", "--out", out)
-    assert run("record", *given) == (0, "", "")
+    assert run("record", *given).only_wrote
     rounded = (bits.astype(np.uint32) << 16).view(np.float32)
     assert np.array_equal(load_file(out)[L + "2.input"], rounded.astype(np.float64))
 
@@ -325,7 +325,9 @@ def test_it_goes_on_after_ctrl_c_in_every_stage(
         assert seen[0].startswith("model.norm" if first == "lm_head" else first)
     stop[0] = "nothing"
     ran = run("record", *GIVEN, "--out", out)
-    assert (ran.code, ran.err) == (0, f"minstep: resuming after {ORDER[-2]}\n")
+    assert ran.code == 0 and ran.err.startswith(
+        f"minstep: resuming after {ORDER[-2]}\nwrote {out} ("
+    )
     assert out.read_bytes() == uninterrupted and names(tmp_path) == ["out"]
 
 
@@ -469,7 +471,10 @@ def test_ctrl_c_while_the_file_is_put_together_says_how_to_go_on(
         ran = run("record", *GIVEN, "--out", out)
     said = f"minstep: stopped after {ORDER[-1]}: the same command goes on from there\n"
     assert (ran.code, ran.err) == (130, said) and names(tmp_path) == [".out.parts"]
-    assert run("record", *GIVEN, "--out", out) == (0, "", f"minstep: resuming after {ORDER[-1]}\n")
+    ran = run("record", *GIVEN, "--out", out)
+    assert ran.code == 0 and ran.err.startswith(
+        f"minstep: resuming after {ORDER[-1]}\nwrote {out} ("
+    )
     assert out.read_bytes() == uninterrupted and names(tmp_path) == ["out"]
 
 
@@ -508,7 +513,8 @@ def test_parts_of_another_recording_are_refused_and_kept(
     naming = (str(folder), f"another recording ({differs})", "--out")
     refused("record", *flags, "--out", begun, naming=naming)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-    assert run("record", *GIVEN, "--out", begun).err == f"minstep: resuming after {L}3\n"
+    said = f"minstep: resuming after {L}3\nwrote {begun} ("
+    assert run("record", *GIVEN, "--out", begun).err.startswith(said)
 
 
 def test_a_checkpoint_that_has_changed_is_another_one(

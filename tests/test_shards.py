@@ -293,7 +293,7 @@ def test_a_config_alone_has_no_files(refused: Refused) -> None:
     needed = ("17 tensors", "9,312,421,504 bytes")
     refused("inspect", folder, "--layer", 17, naming=(str(folder), "no weights", *needed))
     refused("inspect", "step-3.5-flash", "--first", 1, naming=("12 tensors", "428,360,192 bytes"))
-    refused("inspect", "step-3.5-flash", "--shards", naming=(str(folder), "no weights"))
+    refused("inspect", "step-3.5-flash", "--shards", naming=("step-3.5-flash", "no weights"))
     refused("inspect", folder / "config.json", "--shards", naming=("config.json", "not a folder"))
     refused("inspect", folder / "config.json", "--layer", 1, naming=("config.json", "no weights"))
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from minstep import terminal
 from minstep.chat import ChatStream, Event, ToolCall
 from minstep.continuation import Pass
-from minstep.terminal import DIM, PLAIN, Display, Progress, drafts_line, note, summary
+from minstep.terminal import DIM, PLAIN, Display, Progress, drafts_line, note, summary, wrote
 
 
 class Terminal(io.StringIO):
@@ -259,6 +260,21 @@ STATS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [(999, "999 bytes"), (1000, "1 KB"), (131_400, "131 KB"), (2_340_000, "2.3 MB")],
+)
+def test_what_was_written_is_told_with_its_size(
+    size: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "inner").mkdir()
+    (file := tmp_path / "inner" / "page.html").write_bytes(b"x" * size)
+    wrote(file, ": open it in a browser")
+    assert capsys.readouterr() == ("", f"wrote {file} ({said}): open it in a browser\n")
+    wrote(tmp_path)
+    assert capsys.readouterr() == ("", f"wrote {tmp_path} ({said})\n")
+
+
 def test_the_summary_is_one_line_of_figures() -> None:
     assert summary(STATS) == (
         "prompt 12,345 tokens at 6,789.0/s; 200 new at 12.5 tokens/s; "
@@ -274,7 +290,19 @@ def test_the_summary_leaves_out_what_there_is_not() -> None:
 
 
 def test_drafts_that_were_kept_stand_in_brackets() -> None:
-    assert drafts_line(Pass(7, [5, 250, 9], 2, 3)) == "     7  [5] [250] 9"
-    assert drafts_line(Pass(7, [5, 250, 9], 2, 1)) == "     7  [5] 250 9"
-    assert drafts_line(Pass(1234, [5], 0, 1)) == "  1234  5"
-    assert drafts_line(Pass(0, [], 0, 1)) == "     0  no drafts"
+    tokens = [*range(7), 5, 250, 8]
+    assert drafts_line(Pass(7, [5, 250, 9], 2, 3), tokens) == "     7  [5] [250] 9 -> 5 250 8"
+    assert drafts_line(Pass(7, [5, 250, 9], 2, 1), tokens) == "     7  [5] 250 9 -> 5"
+    assert drafts_line(Pass(1234, [5], 0, 1), [6] * 1235) == "  1234  5 -> 6"
+    assert drafts_line(Pass(0, [], 0, 1), tokens) == "     0  no drafts -> 0"
+    assert drafts_line(Pass(1, [2], 1, 2), [0, 2, 3], "abcd".__getitem__) == "     1  [c] -> c d"
+
+
+def test_a_prompt_is_dimmed_and_where_it_cannot_be_left_out(
+    out: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Display().prompt("Once\x1b")
+    assert out.getvalue() == f"{DIM}Once\u241b{PLAIN}"
+    monkeypatch.setenv("NO_COLOR", "1")
+    Display().prompt("Once")
+    assert out.getvalue().count("Once") == 1

@@ -99,9 +99,13 @@ def test_a_trace_of_token_ids_says_nothing_of_passes_and_still_gives_a_page(
 ) -> None:
     file, out = tmp_path / "trace", tmp_path / "page.html"
     ran = run("trace", "--model", TINY, "--tokens", "5,17,9,4,11", "--out", file)
-    assert (ran.code, ran.out, ran.err) == (0, "", "")
+    assert (ran.code, ran.out) == (0, "")
+    assert ran.err == f"wrote {file} ({file.stat().st_size / 1000:,.0f} KB)\n"
     assert "passes" not in metadata_of(file)
-    assert run("view", file, "--out", out) == (0, "", "")
+    ran = run("view", file, "--out", out)
+    assert (ran.code, ran.out) == (0, "")
+    size = f"{out.stat().st_size / 1000:,.0f} KB"
+    assert ran.err == f"wrote {out} ({size}): open it in a browser\n"
     data = data_in(out.read_text())
     assert data["passes"] is None and data["no_lens"]
     assert list(data["lens"])[0] == "lm_head" and len(data["lens"]) == 4
@@ -226,7 +230,7 @@ def test_a_recording_of_some_layers_gives_a_page_that_says_what_is_missing(
     file, out = tmp_path / "recording", tmp_path / "page.html"
     arguments = ("--model", TINY, "--tokens", "5,17,9,4", "--layers", "3", "--out", file)
     assert run("record", *arguments).code == 0
-    assert run("view", file, "--model", TINY, "--out", out) == (0, "", "")
+    assert run("view", file, "--model", TINY, "--out", out).only_wrote
     layers = data_in(out.read_text())["layers"]
     recorded = [layer["n"] for layer in layers if layer["state"]]
     assert recorded == [3] and len(layers) == 11
@@ -241,7 +245,7 @@ def test_a_recording_of_mtp_layers_needs_no_model_to_be_known_as_such(
     file, out = tmp_path / "recording", tmp_path / "page.html"
     arguments = ("--model", TINY, "--tokens", "5,17,9,4", "--names", "*q_proj", "--out", file)
     assert run("record", *arguments).code == 0
-    assert run("view", file, "--out", out) == (0, "", "")
+    assert run("view", file, "--out", out).only_wrote
     assert [layer["depth"] for layer in data_in(out.read_text())["layers"]][-3:] == [1, 2, 3]
 
 
@@ -298,7 +302,7 @@ class Parsed(HTMLParser):
 
 def test_the_page_is_well_formed_and_loads_nothing(trace: Path, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
-    assert run("view", trace, "--out", out) == (0, "", "")
+    assert run("view", trace, "--out", out).only_wrote
     text = out.read_text(encoding="utf-8")
     parsed = Parsed(text)
     assert parsed.open == []
@@ -349,7 +353,7 @@ def test_half_a_surrogate_pair_in_the_metadata_does_not_end_the_page(
     metadata = metadata_of(trace)
     pieces = dict.fromkeys(json.loads(metadata["pieces"]), "\ud800")
     save_file(load_file(trace), file, metadata | {"pieces": json.dumps(pieces)})
-    assert run("view", file, "--out", out) == (0, "", "")
+    assert run("view", file, "--out", out).only_wrote
     assert data_in(out.read_text())["title"].startswith("Trace of “\ud800")
 
 
@@ -380,7 +384,7 @@ def test_what_is_no_trace_is_refused(refused: Refused, tmp_path: Path, trace: Pa
     text.write_text("no safetensors file at all")
     for file, naming in (
         (tmp_path / "missing", "No such file"),
-        (text, "expected a whole safetensors file"),
+        (text, "is not a safetensors file, or not a whole one: its header length"),
         (cut, "truncated"),
         (TRAINED / "model.safetensors", "holds nothing that a layer computed"),
     ):

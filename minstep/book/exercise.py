@@ -18,7 +18,8 @@ from minstep.arguments import at_least, path
 from minstep.book.lessons import EXERCISES, PLANT
 from minstep.files import InputError, atomic_folder
 from minstep.lab.copies import Find, copies, source
-from minstep.lab.footguns import FOOTGUNS, planted
+from minstep.lab.footguns import FOOTGUNS, UNSEEN, is_plantable, planted
+from minstep.terminal import wrote
 
 # What may lie in a reader's folder or imports such a file, in the order of their imports.
 CHAIN = (
@@ -84,7 +85,7 @@ addopts = --strict-markers --tb=short -p no:cacheprovider
 
 def add_exercise(command: Callable[..., Any]) -> None:
     """Add `exercise` to the parser."""
-    text = "write a chapter's code with functions left out, and tests to turn green"
+    text = "a chapter's code with functions left out, and tests to turn green"
     add = command("exercise", run_exercise, text, "4 --out ch04")
     text = "the chapter; without it, all exercises are listed"
     add.add_argument("number", type=at_least(0), nargs="?", metavar="N", help=text)
@@ -114,6 +115,7 @@ def run_exercise(args: Namespace) -> None:
     files = stubs(number) if number != PLANT else bugged(args.seed or 0)
     with atomic_folder(out) as folder:
         write(number, files, folder)
+    wrote(out)
     print(f"{out}: {', '.join(map(file_of, files))}, a README and the checks")
     print(f"now: pytest -m {mark(number)} {shlex.quote(str(out))}")
 
@@ -126,7 +128,9 @@ def listed() -> str:
         for name, functions in exercise.functions.items():
             lines.append(f"      {file_of(name)}: {', '.join(functions)}")
         if number == PLANT:
-            lines.append(f"      one of {len(BUGS)} known bugs to find, by --seed")
+            every = [bug for row in (*FOOTGUNS.values(), *UNSEEN.values()) for bug in row]
+            of, all_bugs = (len({bug.bug for bug in bugs}) for bugs in (BUGS, every))
+            lines.append(f"      one of {of} of the museum's {all_bugs} bugs to find, by --seed")
     return "\n".join(lines)
 
 
@@ -147,8 +151,15 @@ def stubs(number: int) -> dict[str, str]:
 
 
 def bugged(seed: int) -> dict[str, str]:
-    """A file with one of the known bugs in it."""
-    bug = BUGS[int(np.random.default_rng(seed).integers(len(BUGS)))]
+    """A file with one of the known bugs in it, whose line nobody has edited.
+
+    Raises InputError where there is none.
+    """
+    bugs = [bug for bug in BUGS if is_plantable(bug)]
+    if not bugs:
+        message = "every line that a known bug changes was edited, expected minstep's own files"
+        raise InputError(f"exercise {PLANT}: {message}")
+    bug = bugs[int(np.random.default_rng(seed).integers(len(bugs)))]
     return {bug.module: planted(bug)}
 
 
@@ -207,5 +218,22 @@ def solution(folder: Path) -> Find:
     held = {name: folder / file_of(name) for name in CHAIN if (folder / file_of(name)).is_file()}
     if not held:
         raise InputError(f"{folder}: has no file of an exercise, expected such as attention.py")
-    texts = {name: file.read_text(encoding="utf-8") for name, file in held.items()}
-    return copies(texts, CHAIN, {name: str(file) for name, file in held.items()})
+    trees = {name: returning(file.read_text("utf-8"), str(file)) for name, file in held.items()}
+    return copies(trees, CHAIN, {name: str(file) for name, file in held.items()})
+
+
+def returning(text: str, file: str) -> ast.Module:
+    """The source, with functions that say so when they end without the value they are to return.
+
+    They raise NotImplementedError: without it the next function would fail on None. Raises
+    SyntaxError for what is not Python.
+    """
+    tree = ast.parse(text, file)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef) or node.returns is None:
+            continue
+        is_generator = any(isinstance(each, (ast.Yield, ast.YieldFrom)) for each in ast.walk(node))
+        if not is_generator and "None" not in ast.unparse(node.returns):
+            said = f'raise NotImplementedError("{node.name} returned None")'
+            node.body += [ast.copy_location(ast.parse(said).body[0], node.body[-1])]
+    return ast.fix_missing_locations(tree)

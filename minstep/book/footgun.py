@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minstep.arguments import FLOATS, add_command, at_least, not_empty, path
+from minstep.arguments import FLOATS, add_command, add_model, at_least, not_empty
 from minstep.book.damage import TIGHTER
 from minstep.book.exhibits import TIGHT, Exhibit
 from minstep.book.museum import EXHIBITS, changes, find_exhibit, measured, patient, ways
@@ -141,6 +141,8 @@ def run_show(args: Namespace) -> None:
 def run_run(args: Namespace) -> None:
     """Run a model with the bugs of an exhibit, and print what they do."""
     exhibit = find_exhibit(args.name)
+    for bug in exhibit.bugs:
+        changes(ways(bug)[0])  # a line that was edited is refused before anything runs
     model = open_model(args.model)
     tokenizer = text_tokenizer(args, model)
     its = patient(model.checkpoint, tokenizer, args.tokens, np.dtype(args.dtype))
@@ -153,7 +155,7 @@ def run_run(args: Namespace) -> None:
 
 def add_footgun(command: Callable[..., Any]) -> None:
     """Add `footgun` and its own commands to the parser."""
-    text = "known bugs of ports of this model: the changed line, and what it does"
+    text = "known bugs of ports: the changed line, and what it does"
     commands = command("footgun", run_list, text, "list").add_subparsers(
         required=True, metavar="WHAT"
     )
@@ -164,7 +166,7 @@ def add_footgun(command: Callable[..., Any]) -> None:
     its.add_argument("name", type=not_empty, metavar="NAME")
     its = add("run", run_run, "run a model with it", f"footgun run {name}")
     its.add_argument("name", type=not_empty, metavar="NAME")
-    its.add_argument("--model", type=path, metavar="DIR", help="checkpoint in hub layout")
+    add_model(its)
     text = "of the held-out text (all)"
     its.add_argument("--tokens", type=at_least(2), metavar="N", help=text)
     text = "of every activation (float64: the same figures on every machine)"

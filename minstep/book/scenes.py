@@ -26,6 +26,7 @@ Shown = Iterator[tuple[str, Any]]  # what was computed, and the value
 Scene = Callable[[Find, Rng, DTypeLike], Shown]
 SLACK = 10  # times the tolerance of the same code: a solution may add up in another order
 CONFIGS = ("tiny", "odd", "no_extras")
+ROUNDED = (1e-9, 1e-5)  # between these lies what float32 makes of a float64 run
 
 
 def departure(scene: Scene, find: Find) -> str | None:
@@ -88,10 +89,20 @@ def _array_difference(what: str, expected: Array, got: Any, tolerance: float) ->
     first = (c := compare("", expected, got, tolerance)).first
     if first is None:
         return None
-    if not got.ndim:
-        return f"{what} is {first.theirs:.8g}, expected {first.ours:.8g}"
-    at = f"first at {list(first.place)}: {first.theirs:.6g}, expected {first.ours:.6g}"
-    return f"{what} departs by {c.max_error:.1e} of its largest value, {at}"
+    its, right = told_apart(first.theirs, first.ours)
+    said = f"{what} is {its}, expected {right}"
+    if got.ndim:
+        at = f"first at {list(first.place)}: {its}, expected {right}"
+        said = f"{what} departs by {c.max_error:.1e} of its largest value, {at}"
+    if expected.dtype == np.float64 and ROUNDED[0] < c.max_error < ROUNDED[1]:
+        said += "; about what float32 rounds: is a weight used in the dtype it is stored in?"
+    return said
+
+
+def told_apart(x: float, y: float) -> tuple[str, str]:
+    """Two numbers that differ, with as few digits as show it, but six at least."""
+    pairs = ((f"{x:.{digits}g}", f"{y:.{digits}g}") for digits in range(6, 18))
+    return next(pair for pair in pairs if pair[0] != pair[1])
 
 
 def watched(what: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Shown:

@@ -14,8 +14,8 @@ from minstep.config import LayerSpec
 from minstep.files import InputError
 from minstep.lab.compare import Comparison
 from minstep.lab.diff import Report, describe, diff_table, row_json
-from minstep.lab.explain import ALL, explain, looks_like
-from minstep.lab.footguns import Footgun
+from minstep.lab.explain import ALL, explain, looks_like, not_tried
+from minstep.lab.footguns import Footgun, is_plantable
 from minstep.lab.layer import Checked, check_layer
 from minstep.lab.names import is_weight, spans, split
 from minstep.lab.recording import NotFinite, Recording
@@ -28,13 +28,14 @@ class Checks(NamedTuple):
     """What came of each layer that was held against the recording `theirs`.
 
     `explained`: what is said of a layer that departs. `skipped`: layers that were not checked, by
-    the reason.
+    the reason. `untried`: known bugs that could not be tried.
     """
 
     theirs: Recording
     layers: list[Checked]
     explained: dict[int, list[str]]
     skipped: dict[str, list[int]]
+    untried: tuple[Footgun, ...] = ()
 
     @property
     def rows(self) -> list[Comparison]:
@@ -97,6 +98,7 @@ def check_layers(
     bar = Progress("checking", len(numbers), "layers")
     config, checks = checkpoint.config, Checks(theirs, [], {}, {})
     known: list[Footgun] = []
+    untried: tuple[Footgun, ...] = ()
     unexplained: dict[tuple[LayerSpec, str], int] = {}
     for done, n in enumerate(numbers, start=1):
         try:
@@ -114,6 +116,7 @@ def check_layers(
             is_explained = any(trial.still is None for trial in trials)
             if not is_explained and kind not in unexplained:
                 bar.erase()
+                untried = tuple(footgun for footgun in ALL if not is_plantable(footgun))
                 tried = Progress(f"layer {n} departs, trying", len(ALL), "known bugs")
                 trials = explain(checkpoint, theirs, checked, dtype, progress=tried)
                 is_explained = any(trial.still is None for trial in trials)
@@ -125,7 +128,7 @@ def check_layers(
                 unexplained.setdefault(kind, n)
             checks.explained[n] = lines
         bar(done)
-    return checks
+    return checks._replace(untried=untried)
 
 
 def checks_table(checks: Checks) -> str:
@@ -144,7 +147,7 @@ def checks_table(checks: Checks) -> str:
         if checked.first:
             lines.append(f"{at} departs first at {describe(checked.first)}")
             lines += [f"{at} {line}" for line in checks.explained.get(checked.layer, [])]
-    return "\n".join([*lines, _verdict(checks)])
+    return "\n".join([*lines, *not_tried(checks.untried), _verdict(checks)])
 
 
 def _verdict(checks: Checks) -> str:
@@ -180,4 +183,5 @@ def checks_json(checks: Checks) -> dict[str, Any]:
         }
         for checked in checks.layers
     ]
-    return {"match": checks.is_match, "layers": layers, "skipped": checks.skipped}
+    said = {"match": checks.is_match, "layers": layers, "skipped": checks.skipped}
+    return said | {"not_tried": [*dict.fromkeys(footgun.bug for footgun in checks.untried)]}

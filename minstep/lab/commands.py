@@ -20,6 +20,7 @@ from minstep.keys import read_json
 from minstep.lab.bench import bench_lines, bench_moe
 from minstep.lab.checks import Checks, check_layers, checkable, checks_json, checks_table
 from minstep.lab.diff import Report, as_json, diff, diff_table, layer_of, verdict
+from minstep.lab.explain import not_tried
 from minstep.lab.facts import metadata
 from minstep.lab.inspect import inspect, table
 from minstep.lab.names import split
@@ -36,7 +37,7 @@ from minstep.lab.shards import (
 )
 from minstep.lab.trace import record, save_trace
 from minstep.save import Form, needed_space, save_random
-from minstep.terminal import note
+from minstep.terminal import note, wrote
 from minstep.tokenizer import load_tokenizer
 from minstep.weights import tensor_shapes
 
@@ -61,6 +62,7 @@ def run_trace(args: Namespace) -> None:
         passes = said.passes if said.tokens else []
         facts = metadata(model.config, model.tokenizer, tokens, passes)
         save_trace(trace, tokens, facts, temporary)
+    wrote(args.out)
 
 
 def run_record(args: Namespace) -> None:
@@ -72,6 +74,7 @@ def run_record(args: Namespace) -> None:
     layers = numbered(args.layers, checkpoint.config, "--layers") if args.layers else None
     job = plan(checkpoint, tokens, np.dtype(args.dtype), layers, args.names, args.input)
     record_file(job, args.out, lambda text: note(f"minstep: {text}"))
+    wrote(args.out)
 
 
 def run_make_tiny(args: Namespace) -> None:
@@ -166,7 +169,8 @@ def _explained(args: Namespace, report: Report) -> list[str]:
     except InputError as error:  # the two still departed: that was said, and is the exit code
         return [f"not explained: {error}"]
     alone = f"layer {n}, run from the input that {args.theirs} has, computes what it has"
-    return checks.explained.get(n, [f"{alone}: the cause lies before it, or in {args.ours}"])
+    cause = f"the cause lies before it, or in {args.ours}, or this minstep was edited since"
+    return [*checks.explained.get(n, [f"{alone}: {cause}"]), *not_tried(checks.untried)]
 
 
 def run_bench(args: Namespace) -> None:

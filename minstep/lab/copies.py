@@ -1,5 +1,6 @@
 """Private copies of the package's modules with some files changed; the real ones never see them."""
 
+import ast
 import builtins
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -23,7 +24,9 @@ def _compiled(name: str) -> CodeType:
 
 
 def copies(
-    changed: Mapping[str, str], chain: Sequence[str], places: Mapping[str, str] | None = None
+    changed: Mapping[str, str | ast.Module],
+    chain: Sequence[str],
+    places: Mapping[str, str] | None = None,
 ) -> Find:
     """Modules of which some are made from `changed` texts, by name; all others are the real ones.
 

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from minstep.config import Config
 from minstep.files import InputError
 from minstep.lab.compare import Comparison
+from minstep.lab.facts import common_beginning, depths
 from minstep.lab.names import mtp_layers, split
-from minstep.lab.pairs import align, check_same_prompt, compare_all, tolerance_of
+from minstep.lab.pairs import align, compare_all, tolerance_of
 from minstep.lab.recording import Recording
 from minstep.lab.router import Choice, Routers, recorded_choice
 
@@ -20,7 +21,10 @@ STARTS = ("model.embed_tokens", "model.layers.0.input_layernorm")  # nothing of 
 
 
 class Report(NamedTuple):
-    """What came of each tensor that both recordings can give, and what only one of them holds."""
+    """What came of each tensor that both recordings can give, and what only one of them holds.
+
+    `shared`: how many tokens were compared where the texts go on differently, else None.
+    """
 
     ours: Recording
     theirs: Recording
@@ -28,6 +32,7 @@ class Report(NamedTuple):
     rows: list[Comparison]
     only_ours: list[str]
     only_theirs: list[str]
+    shared: int | None = None
 
     @property
     def departure(self) -> Comparison | None:
@@ -45,16 +50,21 @@ def diff(
 ) -> Report:
     """Compare all that two recordings of one prompt have in common; ours is the reference.
 
+    Where a model has continued it differently in each, only the tokens before that are looked at.
+
     `tolerance`: for every tensor, in place of that of the less precise engine, which grows from
     layer to layer where the engine has 16 bits. `config`: of the model, for what the recordings do
     not say. `globs`: our names to look at. `routers`: of the model, where experts
     differ. Raises InputError for recordings of other prompts or of another model, with nothing in
     common, or ours with values not finite.
     """
-    check_same_prompt(ours, theirs)
+    shared = common_beginning(ours, theirs)
     if config is not None:
         check_model(ours, config)
         check_model(theirs, config)
+    if shared is not None:
+        deep = depths(ours, theirs, config)
+        ours, theirs = ours.beginning(shared, deep), theirs.beginning(shared, deep)
     is_short = {ours.engine_dtype, theirs.engine_dtype} & {"bfloat16", "float16"}
     grows = tolerance is None and bool(is_short)
     tolerance = tolerance_of(ours, theirs) if tolerance is None else tolerance
@@ -79,6 +89,7 @@ def diff(
         rows,
         _unused(ours, _matching(held[0], globs), used),
         _unused(theirs, _matching(held[1], globs), used_by_them),
+        shared,
     )
 
 
@@ -135,14 +146,20 @@ def diff_table(report: Report) -> str:
         if row.left_out:
             verdict += f", {row.left_out} rows left out"
         figures = f"{row.max_error:9.1e}  {row.mean_error:10.1e}  {row.cosine:8.6f}"
+        if row.is_empty:
+            figures = f"{'-':>9}  {'-':>10}  {'-':>8}"
         lines.append(f"{name:{width}}  {shape:{wide}}  {figures}  {verdict}")
     return "\n".join([*lines, *_unmatched(report)])
 
 
 def _unmatched(report: Report) -> list[str]:
-    """How much only one recording has."""
+    """How much only one recording has, and how much of the texts was not looked at."""
     sides = (report.ours, report.only_ours), (report.theirs, report.only_theirs)
-    return [f"only in {r.path}: {_such(names)}" for r, names in sides if names]
+    lines = [f"only in {r.path}: {_such(names)}" for r, names in sides if names]
+    if report.shared is not None:
+        tokens = f"the first {report.shared} tokens" if report.shared > 1 else "the first token"
+        lines.append(f"compared over {tokens}, all that both texts begin with")
+    return lines
 
 
 def verdict(report: Report) -> str:
@@ -200,6 +217,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "tensors": [row_json(row) for row in report.rows],
         "only_ours": report.only_ours,
         "only_theirs": report.only_theirs,
+        "shared_tokens": report.shared,
     }
 
 

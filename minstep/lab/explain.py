@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike
 
 from minstep.checkpoint import Checkpoint
 from minstep.lab.compare import Comparison
-from minstep.lab.footguns import FOOTGUNS, Footgun, variant
+from minstep.lab.footguns import FOOTGUNS, Footgun, is_plantable, variant
 from minstep.lab.layer import Checked, comparable, wanted
 from minstep.lab.names import mtp_layers
 from minstep.lab.pairs import compare_all
@@ -53,15 +53,15 @@ def explain(
 
     `checked`: what check_layer found in the same `dtype`; where nothing departs there is nothing to
     explain. Each variant of the layer runs until a tensor departs. Where none comes to the end,
-    those that come furthest are returned, if that is further than without a bug. `progress` hears
-    how many of the footguns were tried.
+    those that come furthest are returned, if that is further than without a bug. A bug whose line
+    was edited is passed over. `progress` hears how many of the footguns are done.
     """
     if checked.first is None:
         return []
     state = layer_input(checkpoint, checked.layer, theirs, dtype)
     trials: list[Trial] = []
     for done, footgun in enumerate(footguns, start=1):
-        if reaches(footgun, checkpoint, checked.layer):
+        if reaches(footgun, checkpoint, checked.layer) and is_plantable(footgun):
             trial = _try(footgun, checkpoint, state, theirs, checked)
             trials += [trial] if trial else []
         progress(done)
@@ -81,6 +81,16 @@ def looks_like(checked: Checked, trials: Iterable[Trial]) -> list[str]:
             line += f", which explains {checked.first.name}, but {trial.still} still departs"
         lines.setdefault(trial.footgun.bug, line)
     return list(lines.values()) or ["no known porting bug explains it"]
+
+
+def not_tried(footguns: Sequence[Footgun]) -> list[str]:
+    """What is to be said of bugs that explain passed over: a line, or none where there are none."""
+    bugs = {footgun.bug for footgun in footguns}
+    files = dict.fromkeys(f"minstep/{footgun.module}.py" for footgun in footguns)
+    whose = "bug, whose line" if len(bugs) == 1 else "bugs, whose lines"
+    was = "was" if len(bugs) == 1 else "were"
+    said = f"not tried: {len(bugs)} known {whose} in {' and '.join(files)} {was} changed"
+    return [said] if bugs else []
 
 
 def reaches(footgun: Footgun, checkpoint: Checkpoint, n: int) -> bool:

@@ -1,6 +1,6 @@
 """What a trace's metadata says beside its tensors: the layers, tokens as text, and the drafts.
 
-Checked by: tests/test_view.py
+Checked by: tests/test_view.py, tests/test_diff.py
 """
 
 import json
@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from minstep.config import FULL, SLIDING, Config
 from minstep.continuation import Pass
 from minstep.files import InputError
+from minstep.lab.names import mtp_layers, split
 from minstep.lab.recording import Recording
 from minstep.tokenizer import BROKEN
 
@@ -106,6 +107,50 @@ def read_facts(recording: Recording) -> Facts:
         parsed("pieces", "a JSON object of texts by token id", _pieces),
         parsed("passes", "a JSON list of passes that gave the end of the text", passes),
     )
+
+
+def common_beginning(ours: Recording, theirs: Recording) -> int | None:
+    """How many tokens two recordings share that continue one prompt differently, else None.
+
+    Raises InputError where they were recorded from different prompts, or nothing tells whether
+    they were.
+    """
+    a, b, another = ours.tokens, theirs.tokens, f"{theirs.path}: was recorded from another prompt"
+    if a is None or b is None or a == b:
+        if None not in (ours.rows, theirs.rows) and ours.rows != theirs.rows:
+            counts = f"{theirs.rows} rows, expected {ours.rows}"
+            raise InputError(f"{another}: {counts} as in {ours.path}")
+        return None
+    shorter = min(len(a), len(b))
+    n = next((n for n in range(shorter) if a[n] != b[n]), shorter)
+    prompts = [length for each in (ours, theirs) if (length := _prompt_length(each)) is not None]
+    if prompts and 0 < max(prompts) <= n:
+        return n
+    if n == shorter:
+        raise InputError(f"{another}: {len(b)} tokens, expected {len(a)} as in {ours.path}")
+    differs = f"token {n} is {b[n]}, expected {a[n]}"
+    if prompts or n == 0:
+        raise InputError(f"{another}: {differs} as in {ours.path}")
+    advice = "trace both without --max-tokens to compare"
+    raise InputError(f"{theirs.path}: begins as {ours.path} does, but {differs}: {advice}")
+
+
+def _prompt_length(recording: Recording) -> int | None:
+    """How many tokens were given and not continued by the model; None where nothing tells."""
+    passes = read_facts(recording).passes
+    if passes is None and recording.metadata.get("format") != "minstep-trace":
+        return None
+    return len(recording.tokens or ()) - sum(each.new for each in passes or ())
+
+
+def depths(ours: Recording, theirs: Recording, config: Config | None) -> dict[int, int]:
+    """The depth of each MTP layer by its number, as the config, the facts or the names say it."""
+    mtp = mtp_layers((*ours.forms, *theirs.forms), config)
+    found = {n: n - min(mtp) + 1 for n in mtp}
+    for each in () if config else (ours, theirs):
+        numbered = ((split(facts.name)[0], facts) for facts in read_facts(each).layers or ())
+        found |= {n: facts.depth for n, facts in numbered if n is not None and facts.depth}
+    return found
 
 
 def _layers(entries: list[dict[str, Any]]) -> list[LayerFacts]:

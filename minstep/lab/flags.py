@@ -6,9 +6,11 @@ from typing import Any
 
 from minstep.arguments import (
     FLOATS,
+    add_model,
     at_least,
     given_or_read,
     layer_ranges,
+    model_folder,
     not_empty,
     number,
     path,
@@ -50,7 +52,7 @@ def _add_looking(command: Command) -> None:
     text, example = "time a MoE layer beside what memory and disk allow", "--json"
     add = command("bench", run_bench, text, example)
     text = "checkpoint in hub layout (random weights of the released sizes, 1.3 GB of disk)"
-    add.add_argument("--model", type=path, metavar="DIR", help=text)
+    add_model(add, text)
     add.add_argument("--layer", type=at_least(0), default=17, metavar="N", help="which (17)")
     add.add_argument("--seed", type=at_least(0), default=0, metavar="N")
     add.add_argument("--json", action="store_true")
@@ -59,17 +61,18 @@ def _add_looking(command: Command) -> None:
 def _add_recording(command: Command) -> None:
     example = '--prompt "The with statement" --max-tokens 24 --out trace.safetensors'
     add = command("trace", run_trace, "write every named tensor", example)
-    add.add_argument("--model", type=path, metavar="DIR", help="checkpoint in hub layout")
+    add_model(add)
     _prompt_flags(add)
     text = "continue the prompt by at most N tokens, greedily and with drafts, and trace it all (0)"
     add.add_argument("--max-tokens", type=at_least(0), default=0, metavar="N", help=text)
     add.add_argument("--dtype", **FLOATS)
     add.add_argument("--out", type=path, required=True, metavar="FILE.safetensors")
 
-    text = "write chosen tensors, a layer at a time; goes on where it was ended"
+    text = "write chosen tensors, layer by layer; goes on where it was ended"
     example = "--model DIR --tokens 5,17,9 --layers 0-5 --out layers.safetensors"
     add = command("record", run_record, text, example)
-    add.add_argument("--model", type=path, required=True, metavar="DIR")
+    text = "checkpoint in hub layout, or a shipped name such as trained"
+    add.add_argument("--model", type=model_folder, required=True, metavar="DIR", help=text)
     _prompt_flags(add)
     text = "layers to record, such as 0-17,45 (all of the model)"
     add.add_argument("--layers", type=layer_ranges, action="extend", help=text)
@@ -104,7 +107,8 @@ def _prompt_flags(add: argparse.ArgumentParser) -> None:
 def _add_comparing(command: Command) -> None:
     text, example = "hold layers against another engine's", "DIR --layer 17 --against FILE"
     add = command("check-layer", run_check_layer, text, example)
-    add.add_argument("model", type=path, metavar="DIR", help="checkpoint in hub layout")
+    text = "checkpoint in hub layout, or a shipped name such as trained"
+    add.add_argument("model", type=model_folder, metavar="DIR", help=text)
     which = add.add_mutually_exclusive_group(required=True)
     text = "layers such as 3,7-9, each from its recorded input; may be given several times"
     which.add_argument("--layer", type=layer_ranges, action="extend", metavar="LAYERS", help=text)
@@ -124,7 +128,7 @@ def _add_comparing(command: Command) -> None:
         "--names", type=not_empty, action="append", default=[], metavar="GLOB", help=text
     )
     text = "the model, for what recordings do not say and to name the bug behind a departure"
-    add.add_argument("--model", type=path, metavar="DIR", help=text)
+    add_model(add, text)
 
 
 def _comparison_flags(add: argparse.ArgumentParser) -> None:

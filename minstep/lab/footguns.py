@@ -10,6 +10,7 @@ from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
+from minstep.files import InputError
 from minstep.lab.copies import copies, source
 
 # The files that compute a layer, decode, load and read text, in the order of their imports.
@@ -44,7 +45,7 @@ class Variant(NamedTuple):
 def variant(footgun: Footgun | None = None) -> Variant:
     """The package's own modules, or with a footgun private copies of those that it reaches.
 
-    Raises RuntimeError as `planted` does.
+    Raises InputError as `planted` does.
     """
     find = copies({footgun.module: planted(footgun)} if footgun else {}, CHAIN)
     return Variant(*map(find, Variant._fields))
@@ -53,13 +54,19 @@ def variant(footgun: Footgun | None = None) -> Variant:
 def planted(footgun: Footgun) -> str:
     """The text of the file of a footgun with the bug in it.
 
-    Raises RuntimeError unless the fragment stands in its file exactly once.
+    Raises InputError unless the fragment stands in its file exactly once.
     """
     text = source(footgun.module)
     if (count := text.count(footgun.right)) != 1:
-        message = f"its line stands {count} times in {footgun.module}.py, expected 1"
-        raise RuntimeError(f"{footgun.bug}: {message}")
+        message = f"the line that the bug '{footgun.bug}' changes stands there {count} times"
+        advice = "expected once: undo the edit to plant it"
+        raise InputError(f"minstep/{footgun.module}.py: {message}, {advice}")
     return text.replace(footgun.right, footgun.wrong)
+
+
+def is_plantable(footgun: Footgun) -> bool:
+    """Whether `planted` can plant it: nobody has edited its line."""
+    return source(footgun.module).count(footgun.right) == 1
 
 
 QK_NORM = """\

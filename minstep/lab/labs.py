@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from minstep.arguments import FLOATS, add_command, at_least, path
+from minstep.arguments import FLOATS, add_command, add_model, at_least, path
 from minstep.commands import Model, open_model
 from minstep.config import Config
 from minstep.draw.charts import bar_chart, load_chart
@@ -39,7 +39,7 @@ def add_labs(command: Callable[..., Any]) -> None:
 
     def lab(name: str, run: Callable[..., int | None], text: str) -> Any:
         add = add_command(labs, name, run, text, f"lab {name} --json")
-        add.add_argument("--model", type=path, metavar="DIR", help="checkpoint in hub layout")
+        add_model(add)
         text = "held-out text of your own (part of Python's documentation)"
         add.add_argument("--text", type=path, nargs="+", metavar="FILE", help=text)
         text = "of the text, read with every token before being the true one (16384)"

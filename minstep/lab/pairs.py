@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minstep.config import Config
-from minstep.files import InputError
 from minstep.lab.compare import (
     ROWS,
     TOLERANCES,
@@ -73,18 +72,6 @@ def _factor(one: Recording, other: Recording, config: Config | None) -> float | 
             if split(name)[1] == "moe.weights" and (x := r.if_any(name, 2)) is not None:
                 return float(x.sum(axis=-1, dtype=np.float64).mean())
     return None
-
-
-def check_same_prompt(ours: Recording, theirs: Recording) -> None:
-    """Raise InputError where the two were recorded from different prompts."""
-    a, b, where = ours.tokens, theirs.tokens, f"{theirs.path}: was recorded from another prompt"
-    if a is not None and b is not None and a != b:
-        n = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-        if n is None:
-            raise InputError(f"{where}: {len(b)} tokens, expected {len(a)} as in {ours.path}")
-        raise InputError(f"{where}: token {n} is {b[n]}, expected {a[n]} as in {ours.path}")
-    if None not in (ours.rows, theirs.rows) and ours.rows != theirs.rows:
-        raise InputError(f"{where}: {theirs.rows} rows, expected {ours.rows} as in {ours.path}")
 
 
 def tolerance_of(*recordings: Recording) -> float:

@@ -8,6 +8,7 @@ Checked by: tests/test_recording.py
 import json
 import math
 from collections.abc import Iterable, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from minstep.bf16 import BF16Array
 from minstep.files import InputError
 from minstep.header import read_header
 from minstep.lab.forms import Term, stored_forms
-from minstep.lab.names import HEADS, axes, in_model_order, mtp_layers, split
+from minstep.lab.names import HEADS, axes, in_model_order, is_weight, mtp_layers, split
 from minstep.lab.trace import flaw
 from minstep.pages import DONTNEED, Map, Pages
 from minstep.tap import Array
@@ -60,6 +61,8 @@ class Recording:
         self.forms = stored_forms(path, {name: x.shape for name, x in stored.items()})
         self.engine_dtype = engine_dtype or _least_precise(stored.values())
         self.rows = len(tokens) if tokens else self._rows()
+        self._end: int | None = None  # positions that are looked at, None for all
+        self._depths: Mapping[int, int] = {}
 
     @property
     def names(self) -> list[str]:
@@ -81,6 +84,24 @@ class Recording:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of everything it can give."""
         return {name: self.shape(name) for name in self.forms}
+
+    def beginning(self, end: int, depths: Mapping[int, int]) -> "Recording":
+        """What it would be of the first `end` tokens alone: no position sees a later one.
+
+        `depths`: of each MTP layer by number. Depth k knows k tokens ahead, so that it has k
+        positions less. What has no such positions is left out.
+        """
+        other = copy(self)
+        other.rows, other._end, other._depths = end, end, depths
+        other.tokens = self.tokens and self.tokens[:end]
+        other.forms = {
+            name: form
+            for name, form in self.forms.items()
+            if is_weight(name) or (axes(name) and end > depths.get(split(name)[0] or 0, 0))
+        }
+        if "lm_head" in self.forms and self.shape("lm_head")[:1] != (self.rows,):
+            other.forms.pop("lm_head", None)  # logits of the last token alone
+        return other
 
     def array(self, name: str) -> Array:
         """A copy of the tensor: 16-bit floats as float32, other dtypes as they are.
@@ -127,7 +148,11 @@ class Recording:
             batch += 1
         if name.endswith(HEADS) and len(x.shape) == 3 and x.shape[0] == 1 < self._rows_of(name):
             batch = 1  # its heads are flattened: [1, T, heads * K]
-        return x[(0,) * batch] if batch else x
+        x = x[(0,) * batch] if batch else x
+        if self._end is None or expected is None or not x.shape:
+            return x
+        seen = slice(self._end - self._depths.get(split(name)[0] or 0, 0))
+        return x[:, seen, seen] if name.endswith(".probs") and len(x.shape) == 3 else x[seen]
 
     def _read(self, name: str, term: Term) -> Array:
         """A copy of what a term takes, scaled."""

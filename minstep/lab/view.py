@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from minstep.activations import sigmoid
-from minstep.arguments import path
+from minstep.arguments import add_model, path
 from minstep.attention import visible
 from minstep.checkpoint import open_checkpoint
 from minstep.configs import find_config
@@ -27,6 +27,7 @@ from minstep.lab.names import axes, mtp_layers, split
 from minstep.lab.recording import Recording, open_recording
 from minstep.lab.trace import EMBEDDING
 from minstep.tap import Array
+from minstep.terminal import wrote
 from minstep.tokenizer import BACK, FRONT
 
 LEVELS = {"u1": 255, "<u2": 65535}  # what stands for 1 in a packed share
@@ -40,7 +41,7 @@ def add_view(command: Callable[..., Any]) -> None:
     add = command("view", run_view, text, example)
     add.add_argument("trace", type=path, metavar="TRACE", help="what `trace` or `record` wrote")
     text = "checkpoint of the trace, whose head the logit lens uses (the shipped one, if it fits)"
-    add.add_argument("--model", type=path, metavar="DIR", help=text)
+    add_model(add, text)
     add.add_argument("--out", type=path, required=True, metavar="FILE.html")
 
 
@@ -60,6 +61,7 @@ def run_view(args: Namespace) -> None:
         model = None
     with atomic_file(args.out) as temporary:
         temporary.write_bytes(page(page_data(recording, facts, model)).encode(errors="replace"))
+    wrote(args.out, ": open it in a browser")
 
 
 def page(data: Mapping[str, Any]) -> str:

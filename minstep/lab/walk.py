@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from minstep.arguments import FLOATS, at_least, given_or_read, path, token_ids
+from minstep.arguments import FLOATS, add_model, at_least, given_or_read, token_ids
 from minstep.checkpoint import Checkpoint
 from minstep.commands import SHIPPED, open_model, prompt_tokens
 from minstep.configs import read_config
@@ -42,7 +42,7 @@ def add_walk(command: Callable[..., Any]) -> None:
     """Add `walk` to the parser."""
     text, example = "follow one token through the model, step by step", "--layer 4"
     add = command("walk", run_walk, text, example)
-    add.add_argument("--model", type=path, metavar="DIR", help="checkpoint in hub layout")
+    add_model(add)
     prompt = add.add_mutually_exclusive_group()
     text = f'the prompt as text ("{PROMPT}"); - reads it from stdin'
     prompt.add_argument("--prompt", type=given_or_read, default=PROMPT, metavar="TEXT", help=text)
