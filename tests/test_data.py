@@ -22,8 +22,10 @@ from minstep.train.data import (
     encode_documents,
     file_documents,
     python_documents,
+    read_corpus,
     sequences,
     split,
+    unquoted,
 )
 
 PROMPTED = ("with", "compound", "try", "for", "function", "if", "while", "class", "import")
@@ -91,7 +93,7 @@ def test_the_documents_hold_topics_and_modules_each_under_a_name_of_its_own(
 
 def test_a_docstring_stands_below_its_signature(documents: list[Document]) -> None:
     texts = dict(documents)
-    heap = 'The "heapq" module\n******************\n\nHeap queue algorithm'
+    heap = "Module heapq\n************\n\nHeap queue algorithm"
     assert texts["module/heapq"].startswith(heap)
     push = "def heappush(heap, item)\n\nPush item onto heap, maintaining the heap invariant."
     assert push in texts["module/heapq"]
@@ -134,11 +136,8 @@ def test_a_bare_python_gives_what_it_has(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     monkeypatch.setattr(sys, "builtin_module_names", ("xxsubtype",))
     assert python_documents() == [
-        Document("module/abc", 'The "abc" module\n****************\n\nOf      abstract classes.'),
-        Document(
-            "module/json",
-            'The "json" module\n*****************\n\nasync def f(*a, b=1)\n\nDo it.',
-        ),
+        Document("module/abc", "Module abc\n**********\n\nOf      abstract classes."),
+        Document("module/json", "Module json\n***********\n\nasync def f(*a, b=1)\n\nDo it."),
     ]
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "absent"))
     with pytest.raises(InputError, match="no documentation inside it, expected --text"):
@@ -204,6 +203,23 @@ def test_topics_and_modules_are_held_out_to_the_size_that_a_measurement_needs(
     kinds = Counter(document.name.split("/")[0] for document in corpus.held_out)
     assert kinds["topic"] >= 5 and kinds["module"] >= 15
     assert {*corpus.held_out} <= {*documents}  # whole, as they were
+
+
+def test_topics_stand_twice_the_second_time_without_quotes_around_code(corpus: Corpus) -> None:
+    once, corpus = corpus, read_corpus()
+    assert corpus.held_out == once.held_out and corpus.train[: len(once.train)] == once.train
+    topics = Counter(d.name for d in corpus.train if d.name.startswith("topic/"))
+    assert set(topics.values()) == {2}
+    first, second = (d.text for d in corpus.train if d.name == "topic/with")
+    assert first.startswith('The "with" statement\n') and 'with_stmt          ::= "with"' in first
+    assert second.startswith("The with statement\n") and 'with_stmt          ::= "with"' in second
+
+
+def test_only_quotes_around_one_word_outside_indented_code_are_taken_off() -> None:
+    text = 'The "for" and "async for" loops, "a", ""\n   for_stmt ::= "for"\n* the "if"'
+    assert unquoted(text) == (
+        'The for and "async for" loops, a, ""\n   for_stmt ::= "for"\n* the if'
+    )
 
 
 def test_no_paragraph_of_the_held_out_part_is_trained_on(corpus: Corpus) -> None:

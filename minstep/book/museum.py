@@ -47,8 +47,8 @@ The expression is evaluated once; it must return an integer.
     Document(
         "module/harbour",
         """\
-The "harbour" module
-********************
+Module harbour
+**************
 
 class Berth(size, /)
 
@@ -59,8 +59,8 @@ bytes that are reserved for it.
     Document(
         "module/moorings",
         """\
-The "moorings" module
-*********************
+Module moorings
+***************
 
 def moor(name, timeout=None)
 

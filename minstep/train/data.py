@@ -11,7 +11,14 @@ from tokenizers import Tokenizer
 
 from minstep.files import InputError
 from minstep.tokenizer import FRONT, encode
-from minstep.train.documents import Document, file_documents, paragraphs, python_documents, words
+from minstep.train.documents import (
+    Document,
+    file_documents,
+    paragraphs,
+    python_documents,
+    unquoted,
+    words,
+)
 
 HELD_OUT = 0.05  # the share of names that are held out
 SALT = "59:"  # leaves the topics that the docs prompt with to be trained on; chosen by name alone
@@ -28,9 +35,16 @@ class Corpus(NamedTuple):
 def read_corpus(files: Sequence[Path] = ()) -> Corpus:
     """The text of `files`, or that inside Python where there are none, split.
 
+    Topics to train on stand twice, the second time without quotes around code: prompts have none.
     Raises InputError as file_documents, python_documents and split do.
     """
-    return split(file_documents(files) if files else python_documents())
+    if files:
+        return split(file_documents(files))
+    train, held_out = split(python_documents())
+    topics = [document for document in train if document.name.startswith("topic/")]
+    return Corpus(
+        [*train, *(Document(each.name, unquoted(each.text)) for each in topics)], held_out
+    )
 
 
 def split(documents: Sequence[Document]) -> Corpus:

@@ -54,7 +54,7 @@ def python_documents() -> list[Document]:
                 seen.add(words(doc))
                 texts += filter(None, [heading, doc])
         if texts:
-            title = f'The "{name}" module'
+            title = f"Module {name}"
             text = "\n\n".join([f"{title}\n{'*' * len(title)}", *texts])
             documents.append(Document(f"module/{name}", text))
     if not documents:
@@ -83,6 +83,12 @@ def file_documents(files: Sequence[Path]) -> list[Document]:
         names = (f"file/{file.as_posix()}#{n}" for n in range(1, len(text) + 1))
         documents += map(Document, names, _sections(text))
     return documents
+
+
+def unquoted(text: str) -> str:
+    """A topic as one would type it: no quotes around code, but in the code that is indented."""
+    lines = text.split("\n")
+    return "\n".join(x if x.startswith(" ") else re.sub(r'"(\S+?)"', r"\1", x) for x in lines)
 
 
 def paragraphs(text: str) -> list[str]:

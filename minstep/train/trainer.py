@@ -21,13 +21,13 @@ from minstep.weights import tensor_shapes
 class Plan(NamedTuple):
     """Everything beside config, text and tokenizer that a run depends on."""
 
-    steps: int = 2600
+    steps: int = 2000
     sequences: int = 8  # in a step
     length: int = 512  # tokens of a sequence
     rate: float = 8e-3  # at its peak, of matrices and of all the rest
     warmup: int = 50  # steps
     floor: float = 0.05  # what is left of the rate at the end
-    weight_decay: float = 0.1
+    weight_decay: float = 0.3
     mtp_weight: float = 0.3
     balance_rate: float = 0.01  # of the router biases, a step
     seed: int = 0
