@@ -41,6 +41,11 @@ minstep footgun run window-off-by-one
 [lab/footguns.py](../minstep/lab/footguns.py) has them all. With the same table
 [check-layer](11-comparing.md) says which bug explains a layer of your port that departs.
 
+A bug shows in one tensor first, and in all that follow from it. Here it is the gate of the first
+layer, beside what rounding does:
+
+![Errors of tensors in order: float32, bfloat16, and a gate forgotten](figures/departure.svg)
+
 ## What the numbers say
 
 The model as it is has a perplexity of {perplexity} on this text and keeps {accepted} drafts a pass.
@@ -67,14 +72,14 @@ where that is another one, since something had to be changed for the bug to show
 TAIL = """\
 ## Exercises
 
+`minstep exercise 13 --out ch13` plants a bug that you have to find, and tests that turn green then.
+
 1. `gate` has three bugs, and in each `o_proj` is the first tensor that departs. Which one would
    you record besides, to tell them apart?
 2. Plant `window-off-by-one` in your copy of the code and run the tests. Which of them fail? How
    long is the shortest prompt that shows it?
 3. In a model whose QK-norm has no weight, `qk-norm-order` would be no bug. Show why, with one pair
    of dimensions, and say what a weight changes.
-
-`minstep exercise 13 --out ch13` plants a bug that you have to find.
 
 <!-- nav -->
 <!-- end -->
