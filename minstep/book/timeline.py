@@ -4,7 +4,7 @@ Checked by: tests/test_gallery.py
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from xml.sax.saxutils import escape
+from html import escape
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -66,7 +66,9 @@ def timeline_svg(
             down, height = (13, 8) if kind == "own" else (1, 10)
             lines.append(rect(LEFT + place * CELL + 1, y + down, CELL - 2, height, kind, 2))
         words = [(kind, word(token)) for kind, _, token in row]
-        spans = " ".join(f'<tspan class="{kind}">{escape(its)}</tspan>' for kind, its in words)
+        spans = " ".join(
+            f'<tspan class="{kind}">{escape(its, quote=False)}</tspan>' for kind, its in words
+        )
         lines.append(f'<text x="{right}" y="{y + 14}">{spans}</text>')
         width = max(width, widest([" ".join(its for _, its in words)]))
         drafts, kept = drafts + len(each.drafts), kept + each.kept

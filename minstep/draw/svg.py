@@ -4,7 +4,7 @@ Lengths are in units of the canvas, y grows downwards; a `kind` is a class of CO
 """
 
 from collections.abc import Iterable, Mapping
-from xml.sax.saxutils import escape
+from html import escape
 
 STYLE = """text{font:11px system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif}
 text.title{font-size:16px;font-weight:600} .mid{text-anchor:middle} .line{fill:none}"""
@@ -36,8 +36,8 @@ def document(
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" role="img" aria-labelledby="title desc">',
-        f'<title id="title">{escape(title)}</title>',
-        f'<desc id="desc">{escape(description)}</desc>',
+        f'<title id="title">{escape(title, quote=False)}</title>',
+        f'<desc id="desc">{escape(description, quote=False)}</desc>',
         _style({**COLOURS, **(colours or {})}, rules),
     ]
     return "\n".join([*head, *lines]) + "\n</svg>\n"
@@ -51,7 +51,7 @@ def rect(x: float, y: float, width: float, height: float, kind: str, radius: flo
 
 def text(x: float, y: float, words: str, kind: str = "") -> str:
     """A line of text on the base line y: from x on, or about x where `kind` says `mid`."""
-    return f'<text class="{kind}" x="{x:.5g}" y="{y:.5g}">{escape(words)}</text>'
+    return f'<text class="{kind}" x="{x:.5g}" y="{y:.5g}">{escape(words, quote=False)}</text>'
 
 
 def up(x: float, *spans: tuple[float, float]) -> str:
