@@ -29,6 +29,20 @@ def add_model(add: Any, text: str = MODEL) -> None:
     add.add_argument("--model", type=model_folder, metavar="DIR", help=text)
 
 
+def add_prompt(add: Any, default: str | None = None) -> Any:
+    """The flags that give a prompt, one of which is needed where there is no default.
+
+    Returns their group, for other ways to give one.
+    """
+    prompt = add.add_mutually_exclusive_group(required=default is None)
+    named = f' ("{default}")' if default else ""
+    text = f"the prompt as text{named}; - reads it from stdin"
+    prompt.add_argument("--prompt", type=given_or_read, default=default, metavar="TEXT", help=text)
+    text = "the prompt as token ids, such as 5,17,9; - reads them from stdin"
+    prompt.add_argument("--tokens", type=token_ids, metavar="IDS", help=text)
+    return prompt
+
+
 def given_or_read(text: str) -> str:
     """The text itself, or for a dash all of stdin."""
     if text == "-" and sys.stdin is None:

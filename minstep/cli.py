@@ -18,12 +18,11 @@ from minstep.arguments import (
     FLOATS,
     add_command,
     add_model,
+    add_prompt,
     at_least,
-    given_or_read,
     not_empty,
     number,
     path,
-    token_ids,
 )
 from minstep.book.exercise import add_exercise
 from minstep.book.footgun import add_footgun
@@ -147,13 +146,8 @@ def _decoding_flags(
 
 def _generate_flags(add: argparse.ArgumentParser) -> None:
     """The flags of generate alone: where the prompt comes from, and what is printed."""
-    prompt = add.add_mutually_exclusive_group(required=True)
-    text = "the prompt as text; - reads it from stdin"
-    prompt.add_argument("--prompt", type=given_or_read, metavar="TEXT", help=text)
-    text = "the prompt as token ids, such as 5,17,9; - reads them from stdin"
-    prompt.add_argument("--tokens", type=token_ids, metavar="IDS", help=text)
     messages = "a conversation, as a JSON array of messages"
-    prompt.add_argument("--chat-messages", type=path, metavar="FILE.json", help=messages)
+    add_prompt(add).add_argument("--chat-messages", type=path, metavar="FILE.json", help=messages)
     tools = "what the model may call, as a JSON array; with --chat-messages"
     add.add_argument("--tools", type=path, metavar="FILE.json", help=tools)
     _decoding_flags(add, temp=0.0, top_p=1.0, most=100, told="100")

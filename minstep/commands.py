@@ -22,11 +22,10 @@ from minstep.conversation import Conversation, Story, talk
 from minstep.files import InputError
 from minstep.generate import Step, check_prompt, steps
 from minstep.keys import read_json
-from minstep.lab.facts import text_of
 from minstep.model import ModelWeights
 from minstep.sampling import Sampling
 from minstep.terminal import Display, Progress, drafts_line, harmless, note, summary
-from minstep.tokenizer import StreamingText, encode, load_tokenizer
+from minstep.tokenizer import StreamingText, encode, load_tokenizer, text_of
 from minstep.toolcalls import objects
 
 SHIPPED = "minstep: no --model: the small model shipped here, trained on Python's documentation"
@@ -53,11 +52,16 @@ def open_model(path: Path | None) -> Model:
     checkpoint = open_checkpoint(folder)
 
     def load(depths: int | None) -> ModelWeights:
-        if path is None:
-            print(SHIPPED, file=sys.stderr)
+        note_shipped(path)
         return checkpoint.weights(depths)
 
     return Model(load, checkpoint.config, load_tokenizer(folder), checkpoint)
+
+
+def note_shipped(path: Path | None) -> None:
+    """Tell the user which model runs where none was named."""
+    if path is None:
+        note(SHIPPED)
 
 
 def needed_tokenizer(

@@ -37,6 +37,12 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         raise InputError(f"{file}: is not a tokenizer: {error}") from error
 
 
+def text_of(tokenizer: Tokenizer | None, token: int) -> str | None:
+    """What one token says; None where it is no whole character, or there is no tokenizer."""
+    text = tokenizer.decode([token], skip_special_tokens=False) if tokenizer else ""
+    return text if text and BROKEN not in text else None
+
+
 def byte_level_tokenizer() -> Tokenizer:
     """The tokenizer of the untrained tiny model: one token per byte, and the special tokens.
 

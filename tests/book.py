@@ -85,7 +85,7 @@ def fill(path: Path) -> str:
 def has_its_text() -> bool:
     """Whether this Python documents itself as the one that the shipped model was trained on."""
     log = (TOP / "tiny_configs" / "trained" / "log.txt").read_text(encoding="utf-8")
-    held_out = sum(document.nbytes for document in read_corpus(None).held_out)
+    held_out = sum(document.nbytes for document in read_corpus().held_out)
     return f"held out {held_out:,} bytes" in log
 
 
@@ -153,28 +153,41 @@ def nav(path: Path) -> str:
     return " · ".join(links)
 
 
+def reaches(path: Path, file: str) -> bool:
+    """Whether a chapter quotes a file or links to it; `file` as in minstep/norm.py."""
+    text = path.read_text(encoding="utf-8")
+    return f"<!-- quote {file} " in text or f"](../{file})" in text
+
+
 def chapter_of(file: str) -> Path:
-    """The first chapter that quotes a file or links to it; `file` as in minstep/norm.py."""
-    for path in chapters():
-        text = path.read_text(encoding="utf-8")
-        if f"<!-- quote {file} " in text or f"](../{file})" in text:
-            return path
-    raise AssertionError(f"no chapter reaches {file}")
+    """The first chapter that reaches a file."""
+    found = next((path for path in chapters() if reaches(path, file)), None)
+    assert found, f"no chapter reaches {file}"
+    return found
+
+
+def file_of(module: str) -> str:
+    """Where a module lies: minstep/lab/compare.py for lab.compare."""
+    return f"minstep/{module.replace('.', '/')}.py"
+
+
+def public(file: str) -> list[ast.FunctionDef | ast.ClassDef]:
+    """The public functions and classes of a file, in its order."""
+    body = ast.parse((TOP / file).read_text(encoding="utf-8")).body
+    defined = [node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return [node for node in defined if not node.name.startswith("_")]
 
 
 def names() -> str:
     """Every public name of the package by file, in the order of imports."""
     lines = []
     for module in ORDER:
-        file = f"minstep/{module.replace('.', '/')}.py"
-        tree = ast.parse((TOP / file).read_text(encoding="utf-8"))
+        file = file_of(module)
         chapter = chapter_of(file)
         lines += ["", f"**[{file}](../{file})**, [chapter {title(chapter)}]({chapter.name})", ""]
-        for node in tree.body:
-            is_named = isinstance(node, ast.FunctionDef | ast.ClassDef)
-            if is_named and not node.name.startswith("_"):
-                first = (ast.get_docstring(node) or "").split("\n", 1)[0]
-                lines.append(f"- `{node.name}`: {first}")
+        for node in public(file):
+            first = (ast.get_docstring(node) or "").split("\n", 1)[0]
+            lines.append(f"- `{node.name}`: {first}")
     return "\n".join(lines[1:])
 
 

@@ -1,13 +1,23 @@
 """The book: what it quotes, prints and says is what the code computes."""
 
-import ast
 import re
 from pathlib import Path
 
 import pytest
 
 import minstep
-from tests.book import BLOCK, DOCS, TOP, chapters, fill, question, title
+from tests.book import (
+    BLOCK,
+    DOCS,
+    TOP,
+    chapters,
+    file_of,
+    fill,
+    public,
+    question,
+    reaches,
+    title,
+)
 from tests.sources import SOURCES
 from tests.test_house import ORDER
 
@@ -81,11 +91,8 @@ def test_the_package_says_which_chapter_each_of_its_files_has() -> None:
     order = re.findall(r"^ +(\d+) +(.+)$", minstep.__doc__ or "", re.M)
     assert [int(number) for number, _ in order] == list(range(1, len(BOOK)))
     for number, files in order:
-        text = BOOK[int(number)].read_text(encoding="utf-8")
-        for file in files.split(", "):
-            path = f"minstep/{file.replace('.', '/')}.py"
-            reaches = f"<!-- quote {path} " in text or f"](../{path})" in text
-            assert reaches, f"chapter {number} does not quote {path}"
+        for module in files.split(", "):
+            assert reaches(BOOK[int(number)], file_of(module)), f"chapter {number}: {module}"
 
 
 def test_the_package_says_what_each_of_its_own_names_is() -> None:
@@ -97,9 +104,7 @@ def test_every_public_name_of_the_model_is_in_a_chapter() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in BOOK)
     words = set(re.findall(r"\w+", text))
     for module in ORDER[: ORDER.index("draw.svg")]:
-        tree = ast.parse((TOP / "minstep" / f"{module}.py").read_text(encoding="utf-8"))
-        defined = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-        missing = [n.name for n in defined if not n.name.startswith("_") and n.name not in words]
+        missing = [node.name for node in public(file_of(module)) if node.name not in words]
         assert not missing, f"no chapter names {missing} of {module}.py"
 
 

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import minstep
-from minstep.lab.explain import ALL, explain, leading, not_tried, reaches
-from minstep.lab.footguns import FOOTGUNS, Footgun, variant
+from minstep.lab.explain import explain, leading, not_tried, reaches
+from minstep.lab.footguns import ALL, FOOTGUNS, Footgun, variant
 from minstep.lab.recording import Recording
 from minstep.lab.rerun import Rerun, layer_input, run_layer
 from minstep.lab.trace import Recorder, Trace

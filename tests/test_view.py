@@ -46,7 +46,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data_of(file: Path, model: Path | None = None) -> dict[str, Any]:
     recording = open_recording(file)
     facts = read_facts(recording)
-    lens = open_lens(model, recording, facts) if model else None
+    lens = open_lens(open_checkpoint(model), recording, facts) if model else None
     return page_data(recording, facts, lens)
 
 

@@ -18,7 +18,7 @@ from minstep.arguments import at_least, path
 from minstep.book.lessons import EXERCISES, PLANT
 from minstep.files import InputError, atomic_folder
 from minstep.lab.copies import Find, copies, source
-from minstep.lab.footguns import FOOTGUNS, UNSEEN, is_plantable, planted
+from minstep.lab.footguns import ALL, EVERY, is_plantable, planted
 from minstep.terminal import wrote
 
 # What may lie in a reader's folder or imports such a file, in the order of their imports.
@@ -28,7 +28,7 @@ CHAIN = (
     "train.tape train.loss train.schedule train.muon train.balance"
 ).split()
 PLANTED_IN = ("config", "norm", "rope", "attention", "mlp", "moe", "model", "mtp", "weights")
-BUGS = [bug for row in FOOTGUNS.values() for bug in row if bug.module in PLANTED_IN]
+BUGS = [bug for bug in ALL if bug.module in PLANTED_IN]
 
 README = """\
 # Exercise {number}: {title}
@@ -128,8 +128,7 @@ def listed() -> str:
         for name, functions in exercise.functions.items():
             lines.append(f"      {file_of(name)}: {', '.join(functions)}")
         if number == PLANT:
-            every = [bug for row in (*FOOTGUNS.values(), *UNSEEN.values()) for bug in row]
-            of, all_bugs = (len({bug.bug for bug in bugs}) for bugs in (BUGS, every))
+            of, all_bugs = (len({bug.bug for bug in bugs}) for bugs in (BUGS, EVERY))
             lines.append(f"      one of {of} of the museum's {all_bugs} bugs to find, by --seed")
     return "\n".join(lines)
 

@@ -17,9 +17,9 @@ from minstep.book.damage import TIGHTER
 from minstep.book.exhibits import TIGHT, Exhibit
 from minstep.book.museum import EXHIBITS, changes, find_exhibit, measured, patient, ways
 from minstep.book.offstage import RUNNERS
-from minstep.commands import SHIPPED, open_model
+from minstep.commands import note_shipped, open_model
 from minstep.lab.labs import text_tokenizer
-from minstep.terminal import Progress, note
+from minstep.terminal import Progress
 
 WIDTH = 88
 
@@ -146,8 +146,8 @@ def run_run(args: Namespace) -> None:
     model = open_model(args.model)
     tokenizer = text_tokenizer(args, model)
     its = patient(model.checkpoint, tokenizer, args.tokens, np.dtype(args.dtype))
-    if args.model is None and exhibit.bugs[0] not in RUNNERS:
-        note(SHIPPED)
+    if exhibit.bugs[0] not in RUNNERS:
+        note_shipped(args.model)
     with Progress(exhibit.name, len(exhibit.bugs), "bugs") as bar:
         report = measured(exhibit, its, tokenizer, bar)
     print(json.dumps(report) if args.json else report_text(report))

@@ -20,11 +20,10 @@ from minstep.checkpoint import open_checkpoint
 from minstep.config import Config, load_config
 from minstep.configs import find_config
 from minstep.files import atomic_file
-from minstep.lab.facts import text_of
 from minstep.lab.footguns import FOOTGUNS
 from minstep.model import ModelWeights, decoder, head
 from minstep.sampling import Sampling
-from minstep.tokenizer import encode, load_tokenizer
+from minstep.tokenizer import encode, load_tokenizer, text_of
 
 SENTENCE = 'A list is a sequence: "for x in items:" visits each of them in turn.'
 PROMPT = "The with statement is"

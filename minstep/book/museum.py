@@ -21,7 +21,7 @@ from minstep.checkpoint import Checkpoint, open_checkpoint
 from minstep.configs import find_config
 from minstep.files import InputError
 from minstep.lab.copies import source
-from minstep.lab.footguns import FOOTGUNS, IN_DRAFTER, UNSEEN, Footgun, planted
+from minstep.lab.footguns import EVERY, IN_DRAFTER, Footgun, planted
 from minstep.tokenizer import load_tokenizer
 from minstep.train.data import encode_documents
 from minstep.train.documents import Document
@@ -95,8 +95,7 @@ def find_exhibit(name: str) -> Exhibit:
 
 def ways(bug: str) -> tuple[Footgun, ...]:
     """All ways that ports have had a bug, by its words; the first is the one that is run."""
-    rows = (*FOOTGUNS.values(), *UNSEEN.values())
-    return tuple(footgun for row in rows for footgun in row if footgun.bug == bug)
+    return tuple(footgun for footgun in EVERY if footgun.bug == bug)
 
 
 class Change(NamedTuple):

@@ -14,8 +14,8 @@ from minstep.config import LayerSpec
 from minstep.files import InputError
 from minstep.lab.compare import Comparison
 from minstep.lab.diff import Report, describe, diff_table, row_json
-from minstep.lab.explain import ALL, explain, looks_like, not_tried
-from minstep.lab.footguns import Footgun, is_plantable
+from minstep.lab.explain import explain, looks_like, not_tried
+from minstep.lab.footguns import ALL, Footgun, is_plantable
 from minstep.lab.layer import Checked, check_layer
 from minstep.lab.names import is_weight, spans, split
 from minstep.lab.recording import NotFinite, Recording

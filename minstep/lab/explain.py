@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike
 
 from minstep.checkpoint import Checkpoint
 from minstep.lab.compare import Comparison
-from minstep.lab.footguns import FOOTGUNS, Footgun, is_plantable, variant
+from minstep.lab.footguns import ALL, Footgun, is_plantable, variant
 from minstep.lab.layer import Checked, comparable, wanted
 from minstep.lab.names import mtp_layers
 from minstep.lab.pairs import compare_all
@@ -21,7 +21,6 @@ from minstep.linear import Weight
 from minstep.tap import Array
 from minstep.weights import Get, Shape
 
-ALL = [footgun for row in FOOTGUNS.values() for footgun in row]
 NEAR = 2.0  # times the error of the bug that explains best: those that explain worse are left out
 
 

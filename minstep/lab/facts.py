@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 from minstep.config import FULL, SLIDING, Config
 from minstep.continuation import Pass
 from minstep.files import InputError
-from minstep.lab.names import mtp_layers, split
+from minstep.lab.names import mtp_depths, split
 from minstep.lab.recording import Recording
-from minstep.tokenizer import BROKEN
+from minstep.tokenizer import text_of
 
 
 class LayerFacts(NamedTuple):
@@ -53,12 +53,6 @@ def layer_facts(config: Config) -> list[LayerFacts]:
         )
         for depth, s in zip(depths, config.layers + config.mtp_layers, strict=True)
     ]
-
-
-def text_of(tokenizer: Tokenizer | None, token: int) -> str | None:
-    """What one token says; None where it is no whole character, or there is no tokenizer."""
-    text = tokenizer.decode([token], skip_special_tokens=False) if tokenizer else ""
-    return text if text and BROKEN not in text else None
 
 
 def piece(tokenizer: Tokenizer | None, token: int) -> str:
@@ -145,8 +139,7 @@ def _prompt_length(recording: Recording) -> int | None:
 
 def depths(ours: Recording, theirs: Recording, config: Config | None) -> dict[int, int]:
     """The depth of each MTP layer by its number, as the config, the facts or the names say it."""
-    mtp = mtp_layers((*ours.forms, *theirs.forms), config)
-    found = {n: n - min(mtp) + 1 for n in mtp}
+    found = mtp_depths((*ours.forms, *theirs.forms), config)
     for each in () if config else (ours, theirs):
         numbered = ((split(facts.name)[0], facts) for facts in read_facts(each).layers or ())
         found |= {n: facts.depth for n, facts in numbered if n is not None and facts.depth}

@@ -7,14 +7,13 @@ from typing import Any
 from minstep.arguments import (
     FLOATS,
     add_model,
+    add_prompt,
     at_least,
-    given_or_read,
     layer_ranges,
     model_folder,
     not_empty,
     number,
     path,
-    token_ids,
 )
 from minstep.lab.commands import (
     run_bench,
@@ -62,7 +61,7 @@ def _add_recording(command: Command) -> None:
     example = '--prompt "The with statement" --max-tokens 24 --out trace.safetensors'
     add = command("trace", run_trace, "write every named tensor", example)
     add_model(add)
-    _prompt_flags(add)
+    add_prompt(add)
     text = "continue the prompt by at most N tokens, greedily and with drafts, and trace it all (0)"
     add.add_argument("--max-tokens", type=at_least(0), default=0, metavar="N", help=text)
     add.add_argument("--dtype", **FLOATS)
@@ -73,7 +72,7 @@ def _add_recording(command: Command) -> None:
     add = command("record", run_record, text, example)
     text = "checkpoint in hub layout, or a shipped name such as trained"
     add.add_argument("--model", type=model_folder, required=True, metavar="DIR", help=text)
-    _prompt_flags(add)
+    add_prompt(add)
     text = "layers to record, such as 0-17,45 (all of the model)"
     add.add_argument("--layers", type=layer_ranges, action="extend", help=text)
     text = "tensors to record; may be given several times (all but attention probabilities)"
@@ -96,12 +95,6 @@ def _add_recording(command: Command) -> None:
     add.add_argument("--only", action="append", default=[], metavar="GLOB", help=text)
     text = "write only the first N experts; no router chooses the others"
     add.add_argument("--experts", type=at_least(1), metavar="N", help=text)
-
-
-def _prompt_flags(add: argparse.ArgumentParser) -> None:
-    prompt = add.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--tokens", type=token_ids, metavar="IDS", help="the prompt as token ids")
-    prompt.add_argument("--prompt", type=given_or_read, metavar="TEXT", help="the prompt as text")
 
 
 def _add_comparing(command: Command) -> None:

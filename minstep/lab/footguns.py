@@ -213,3 +213,5 @@ IN_DRAFTER = {
         Footgun("MTP depth fed the token before", "mtp", "text[self.first + k :]", "text[self.first + k - 1 : -1]"),
     )
 }  # fmt: skip
+ALL = [footgun for row in FOOTGUNS.values() for footgun in row]  # those that a layer can show
+EVERY = [*ALL, *(footgun for row in UNSEEN.values() for footgun in row)]

@@ -21,10 +21,10 @@ from minstep.draw.charts import bar_chart, load_chart
 from minstep.files import InputError, atomic_file
 from minstep.lab.acceptance import WAYS, agreements, beginnings, draft, mtp_report, mtp_table
 from minstep.lab.bits import bits_report, bits_table
-from minstep.lab.facts import text_of
 from minstep.lab.loads import layer_table, routed, router_report, router_table, without_bias
 from minstep.lab.names import spans
 from minstep.terminal import Progress
+from minstep.tokenizer import text_of
 from minstep.train.data import encode_documents, read_corpus
 from minstep.train.documents import file_documents
 

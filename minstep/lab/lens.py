@@ -5,14 +5,13 @@ Checked by: tests/test_view.py
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from minstep.activations import softmax
-from minstep.checkpoint import open_checkpoint
+from minstep.checkpoint import Checkpoint
 from minstep.config import Config
 from minstep.files import InputError
 from minstep.lab.facts import Facts, layer_facts
@@ -44,14 +43,14 @@ class Guesses(NamedTuple):
     true: Array  # [T], nan where the text has ended
 
 
-def open_lens(path: Path, recording: Recording, facts: Facts) -> LensModel:
-    """The head of the checkpoint at `path`, which the recording must be of.
+def open_lens(checkpoint: Checkpoint, recording: Recording, facts: Facts) -> LensModel:
+    """The head of a checkpoint, which the recording must be of.
 
     Raises InputError where layers or sizes differ, and where it makes other logits of the last
     state. Of the weights, only those of the head are needed and read.
     """
-    checkpoint = open_checkpoint(path)
-    config, layers = checkpoint.config, layer_facts(checkpoint.config)
+    path, config = checkpoint.path, checkpoint.config
+    layers = layer_facts(config)
     if facts.layers not in (None, layers):
         message = f"is of other layers than the {len(layers)} of {path}, expected its own model"
         raise InputError(f"{recording.path}: {message}")

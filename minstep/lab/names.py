@@ -131,6 +131,12 @@ def mtp_layers(names: Iterable[str], config: Config | None = None) -> frozenset[
     return frozenset(n for n, part in pairs if n is not None and part.startswith(only))
 
 
+def mtp_depths(names: Iterable[str], config: Config | None = None) -> dict[int, int]:
+    """The depth of each of those layers, from 1, by its number."""
+    mtp = mtp_layers(names, config)
+    return {n: n - min(mtp) + 1 for n in mtp}
+
+
 def model_order(name: str, mtp: Collection[int] = ()) -> tuple[int, int, int, str]:
     """A key that sorts our names as the model computes them; `mtp` are the MTP layers' numbers.
 

@@ -17,12 +17,12 @@ from minstep.config import Config
 from minstep.generate import check_prompt
 from minstep.lab.choice import before
 from minstep.lab.decided import deciding, point_of, sizes
-from minstep.lab.facts import text_of
 from minstep.lab.names import split
 from minstep.lab.trace import MOST_PROBS, finite, stages, walk
 from minstep.model import ModelWeights
 from minstep.sampling import Sampling, distribution
 from minstep.tap import Array, ScopedTap
+from minstep.tokenizer import text_of
 
 SHOWN = 4  # values kept of a step
 LIKELY = 5  # tokens kept of those that may come next

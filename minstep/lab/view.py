@@ -23,7 +23,7 @@ from minstep.configs import find_config
 from minstep.files import InputError, atomic_file
 from minstep.lab.facts import Facts, LayerFacts, layer_facts, piece, read_facts
 from minstep.lab.lens import LensModel, lens, open_lens
-from minstep.lab.names import axes, mtp_layers, split
+from minstep.lab.names import axes, mtp_depths, split
 from minstep.lab.recording import Recording, open_recording
 from minstep.lab.trace import EMBEDDING
 from minstep.tap import Array
@@ -50,11 +50,11 @@ def run_view(args: Namespace) -> None:
     recording = open_recording(args.trace)
     if args.out.exists() and args.out.samefile(args.trace):
         raise InputError(f"--out {args.out}: is the trace, expected another file")
-    folder, facts = args.model or find_config("trained"), read_facts(recording)
-    if open_checkpoint(folder).owns(args.out):
+    facts, checkpoint = read_facts(recording), open_checkpoint(args.model or find_config("trained"))
+    if checkpoint.owns(args.out):
         raise InputError(f"--out {args.out}: belongs to the checkpoint, expected another file")
     try:
-        model = open_lens(folder, recording, facts)
+        model = open_lens(checkpoint, recording, facts)
     except InputError:
         if args.model:
             raise
@@ -86,8 +86,8 @@ def page_data(recording: Recording, facts: Facts, model: LensModel | None = None
     that holds nothing of a layer, and for a tensor whose rows do not fit the text.
     """
     recorded = {n for name in recording.names if axes(name) and (n := split(name)[0]) is not None}
-    mtp = mtp_layers(recording.names)
-    depths = {n: n - min(mtp) + 1 if n in mtp else 0 for n in recorded}
+    mtp = mtp_depths(recording.names)
+    depths = {n: mtp.get(n, 0) for n in recorded}
     known = facts.layers or (layer_facts(model.config) if model else [])
     by_number = {n: each for each in known if (n := split(each.name)[0]) is not None}
     depths |= {n: each.depth for n, each in by_number.items()}

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from minstep.arguments import FLOATS, add_model, at_least, given_or_read, token_ids
+from minstep.arguments import FLOATS, add_model, add_prompt, at_least
 from minstep.checkpoint import Checkpoint
-from minstep.commands import SHIPPED, open_model, prompt_tokens
+from minstep.commands import note_shipped, open_model, prompt_tokens
 from minstep.configs import read_config
 from minstep.files import InputError
 from minstep.generate import check_prompt
@@ -43,11 +43,7 @@ def add_walk(command: Callable[..., Any]) -> None:
     text, example = "follow one token through the model, step by step", "--layer 4"
     add = command("walk", run_walk, text, example)
     add_model(add)
-    prompt = add.add_mutually_exclusive_group()
-    text = f'the prompt as text ("{PROMPT}"); - reads it from stdin'
-    prompt.add_argument("--prompt", type=given_or_read, default=PROMPT, metavar="TEXT", help=text)
-    text = "the prompt as token ids, such as 5,17,9; - reads them from stdin"
-    prompt.add_argument("--tokens", type=token_ids, metavar="IDS", help=text)
+    add_prompt(add, PROMPT)
     text = "every step inside this layer; MTP layers come after the main ones"
     add.add_argument("--layer", type=at_least(0), metavar="N", help=text)
     text = "which token of the prompt to follow, from 0 (the last one)"
@@ -69,8 +65,7 @@ def run_walk(args: Namespace) -> None:
     if args.layer is not None:
         numbered([range(args.layer, args.layer + 1)], config, "--layer")
     weights = _weights(model.checkpoint, args.layer)
-    if args.model is None:
-        note(SHIPPED)
+    note_shipped(args.model)
     if raw != read_json(folder / "config.json"):
         note("minstep: config.json has transformers' keys, the walk names the hub's in their place")
     with Progress("walking", last_stage(config, args.layer) + 1, "layers") as bar:
