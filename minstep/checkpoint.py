@@ -27,6 +27,7 @@ from minstep.pages import Map, Pages
 from minstep.weights import SCALES, Shape, assemble, blocks, tensor_shapes
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SMALL = 1 << 18  # elements of a tensor that is converted at once: 1 MB of float32
 HUB_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 NUMPY = {"F32": "<f4", "BF16": "<u2", "F8_E4M3": "u1"}  # how the bits are viewed
 
@@ -46,6 +47,14 @@ class Checkpoint(NamedTuple):
     damaged: dict[Path, str]
 
     def get(self, name: str, shape: Shape) -> Weight:
+        """The tensor to compute with: as `stored`, but of at most SMALL elements always float32.
+
+        Converting a small one would cost more than each product with it. Raises as `stored` does.
+        """
+        weight = self.stored(name, shape)
+        return as_float(weight, np.float32) if math.prod(shape) <= SMALL else weight
+
+    def stored(self, name: str, shape: Shape) -> Weight:
         """The tensor as a read-only view of its map: float32 or stored array; nothing is read.
 
         Raises InputError when it is missing, or its shape or dtype is not what the config says.
@@ -116,7 +125,7 @@ class Checkpoint(NamedTuple):
         return os.path.realpath(file) in {os.path.realpath(each) for each in files}
 
     def weights(self, depths: int | None = None) -> ModelWeights:
-        """Every tensor that the config asks for, in its place; still nothing is read.
+        """Every tensor that the config asks for, in its place; of large ones nothing is read.
 
         `depths`: the first so many MTP layers only, where the others are not wanted.
         A checkpoint in which no MTP layer has a head of its own, as `-Base`, uses lm_head for all

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minstep.files import InputError
+from minstep.parallel import scratch
 
 LARGEST = 448.0  # the largest finite value
 # A code in the upper bits of a float32, the sign over the top bit, exponent and mantissa where
@@ -96,6 +97,12 @@ class FP8Array:
         for start in range(self.first - self.first % rows, end, rows):
             scales = np.repeat(self.scales[start // rows] * rebias, width)[: out.shape[1]]
             out[max(0, start - self.first) : start + rows - self.first] *= scales
+
+    def times(self, x: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+        """Write x @ self.T, x [..., I], into `out` [..., O]."""
+        exact = scratch(self.shape, np.float32)  # [O, I]
+        self.into(exact)
+        np.matmul(x, exact.T, out=out)
 
 
 def to_fp8(

@@ -9,7 +9,8 @@ from minstep.pages import used
 from minstep.parallel import LARGE, each, scratch
 from minstep.tap import Array
 
-BLOCK = 1 << 21  # weight elements converted at a time: 8 MB of float32, which stay in cache
+BLOCK = 5 << 18  # weight elements converted at a time: 5 MB of float32, which stay in cache
+FEW = 8  # rows of x up to which converting a stored weight takes longer than multiplying
 
 
 class StoredArray(Protocol):
@@ -25,6 +26,9 @@ class StoredArray(Protocol):
     def into(self, out: NDArray[np.float32]) -> None:
         """Write the values into `out`, which has the same shape."""
 
+    def times(self, x: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+        """Write x @ self.T, for few rows of x [..., I], into `out` [..., O]."""
+
 
 Weight = NDArray[Any] | StoredArray
 
@@ -32,21 +36,30 @@ Weight = NDArray[Any] | StoredArray
 def linear(x: Array, weight: Weight) -> Array:
     """x @ weight.T, without a bias: no projection of this model has one.
 
-    x [..., I] float32 or float64; weight [O, I], stored in any float type. Returns [..., O] in
-    x's dtype. A weight of another dtype is converted a block of rows at a time, never as a whole;
-    the blocks of a large weight are shared out to threads, and are the same for any number of them.
+    x [..., I] float32 or float64; weight [..., O, I], stored in any float type: one matrix, or a
+    stack of them, ready to compute with, for as many matrices in x. Returns [..., O] in x's dtype.
+    A weight of another dtype is converted a block of rows at a time, never as a whole; the blocks
+    of a large product are shared out to threads, and are the same for any number of them.
     Source: nn.Linear(bias=False) throughout modeling_step3p5.py.
     Checked by: tests/test_linear.py
     """
-    outputs, inputs = weight.shape
-    if is_ready(weight, x.dtype) and (weight.size < LARGE or not isinstance(weight, np.ndarray)):
-        return x @ weight.T  # [..., O]
-    rows = max(1, BLOCK // inputs)
+    outputs, inputs = weight.shape[-2:]
+    count, size = x.size // inputs, outputs * inputs
+    is_small = size * (1 + count // 16) < LARGE  # sixteen rows cost as much as reading the weight
+    is_whole = is_small or len(weight.shape) > 2 or not isinstance(weight, np.ndarray)
+    if is_whole and is_ready(weight, x.dtype):
+        return x @ weight.swapaxes(-1, -2)  # [..., O]
+    blocks = 1 if is_small else 2 * -(-size // (2 * BLOCK))  # of equal size, so that two threads
+    rows = -(-outputs // blocks)  # end together
     y = np.empty((*x.shape[:-1], outputs), x.dtype)  # [..., O]
+    is_few = count <= FEW and x.dtype == np.float32
 
     def multiply(start: int) -> None:
-        stored = weight[start : start + rows]  # [B, I]
-        np.matmul(x, ready(stored, x.dtype).T, out=y[..., start : start + rows])
+        stored, out = weight[start : start + rows], y[..., start : start + rows]  # [B, I], [..., B]
+        if is_few and not isinstance(stored, np.ndarray):
+            stored.times(x, out)
+        else:
+            np.matmul(x, ready(stored, x.dtype).T, out=out)
         used(stored)
 
     for _ in each(multiply, zip(range(0, outputs, rows))):

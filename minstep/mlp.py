@@ -10,17 +10,20 @@ from minstep.tap import Array
 
 
 class MLPWeights(NamedTuple):
-    """Tensors under `model.layers.N.mlp.` or `.share_expert.`, each with `.weight` at the end."""
+    """Tensors under `model.layers.N.mlp.` or `.share_expert.`, each with `.weight` at the end.
 
-    gate_proj: Weight  # [F, D]
-    up_proj: Weight  # [F, D]
-    down_proj: Weight  # [D, F]
+    One matrix each; or a stack of them, for MLPs that run at once.
+    """
+
+    gate_proj: Weight  # [..., F, D]
+    up_proj: Weight  # [..., F, D]
+    down_proj: Weight  # [..., D, F]
 
 
 def swiglu(x: Array, weights: MLPWeights, limit: float | None) -> Array:
     """down(silu(gate x) * up x), with both factors held within `limit`.
 
-    x [T, D] float32 or float64; F is the width. Returns [T, D] in x's dtype. With a limit,
+    x [..., D] float32 or float64; F is the width. Returns [..., D] in x's dtype. With a limit,
     silu(gate) is capped above only (below, SiLU never passes -0.28), and up on both sides.
     Source: Step3p5MLP in modeling_step3p5.py; clamping, report section 4 and figure 4.
     Differs: the cap is on silu(gate), not on gate before it. Routed experts take their limit from
@@ -28,9 +31,9 @@ def swiglu(x: Array, weights: MLPWeights, limit: float | None) -> Array:
         shows only in layers 43 and 44, and only on outliers.
     Checked by: tests/test_mlp.py
     """
-    gate = silu(linear(x, weights.gate_proj))  # [T, F]
-    up = linear(x, weights.up_proj)  # [T, F]
+    gate = silu(linear(x, weights.gate_proj))  # [..., F]
+    up = linear(x, weights.up_proj)  # [..., F]
     if limit is not None:
         gate = np.minimum(gate, limit)
         up = np.clip(up, -limit, limit)
-    return linear(gate * up, weights.down_proj)  # [T, D]
+    return linear(gate * up, weights.down_proj)  # [..., D]

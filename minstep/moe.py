@@ -12,8 +12,10 @@ from minstep.config import MoESpec
 from minstep.linear import Weight, as_float, linear
 from minstep.mlp import MLPWeights, swiglu
 from minstep.pages import reads_disk, will_need
-from minstep.parallel import LARGE, each
+from minstep.parallel import LARGE, each, scratch
 from minstep.tap import Array, Tap, silent
+
+FEW = 1 << 18  # weight elements of a copy of every chosen expert's matrix: 1 MB of float32
 
 
 class MoEWeights(NamedTuple):
@@ -55,7 +57,7 @@ def route(x: Array, weights: MoEWeights, spec: MoESpec, tap: Tap = silent) -> Ch
         margin = ranked[:, spec.top_k - 1] - ranked[:, spec.top_k]  # [T]
         tap("margin", margin)
     ids = tap("ids", np.sort(order[:, : spec.top_k], axis=-1))  # [T, A]
-    chosen = np.take_along_axis(scores, ids, axis=-1)  # [T, A]
+    chosen = scores[np.arange(len(x))[:, None], ids]  # [T, A]
     total = chosen.sum(axis=-1, keepdims=True) + 1e-20  # [T, 1]
     return Choice(ids, tap("weights", chosen / total * spec.scaling_factor))
 
@@ -63,34 +65,60 @@ def route(x: Array, weights: MoEWeights, spec: MoESpec, tap: Tap = silent) -> Ch
 def experts(x: Array, weights: MoEWeights, choice: Choice, limit: float | None) -> Array:
     """Sum the chosen experts' outputs, each scaled by its weight.
 
-    x [T, D]. Returns [T, D] in x's dtype. Tokens are grouped by expert with one sort: each chosen
-    expert runs once over its tokens, and an expert that nobody chose is never read.
+    x [T, D]. Returns [T, D] in x's dtype. One choice of one token is a slot: there are T*A.
     Source: Step3p5MoEMLP in modeling_step3p5.py.
     Checked by: tests/test_moe.py
     """
+    T, A = choice.ids.shape
     flat = choice.ids.ravel()  # [T*A]
-    by_expert = np.argsort(flat, kind="stable")  # [T*A], slots sorted by expert
-    chosen, starts = np.unique(flat[by_expert], return_index=True)  # [used], [used]
-    is_large = math.prod(weights.gate_proj.shape[1:]) >= LARGE
+    slots = x[np.repeat(np.arange(T), A)]  # [T*A, D]
+    stacks, size = weights[2:], math.prod(weights.gate_proj.shape[1:])
+    are_ready = all(isinstance(w, np.ndarray) and w.dtype == x.dtype for w in stacks)
+    run = at_once if are_ready and T * A * size <= FEW else one_by_one
+    outputs = run(slots, weights, flat, limit).reshape(T, A, -1)  # [T, A, D]
+    return (outputs * choice.weights[:, :, None]).sum(axis=1)  # [T, D]
+
+
+def one_by_one(slots: Array, weights: MoEWeights, ids: NDArray[Any], limit: float | None) -> Array:
+    """The output of each slot's expert: each chosen expert runs once, over all of its slots.
+
+    slots [N, D], ids [N]. Returns [N, D]. One sort brings an expert's slots together; an expert
+    that nobody chose is never read. Large ones are shared out to threads.
+    """
+    by_expert = np.argsort(ids, kind="stable")  # [N]
+    chosen, starts = np.unique(ids[by_expert], return_index=True)  # [used], [used]
+    grouped = slots[by_expert]  # [N, D]
+    rows = len(ids) // len(chosen)
+    is_large = math.prod(weights.gate_proj.shape[1:]) * (1 + rows // 16) >= LARGE  # as in linear
 
     def of(expert: int) -> MLPWeights:
         return MLPWeights(
             weights.gate_proj[expert], weights.up_proj[expert], weights.down_proj[expert]
         )  # [F, D], [F, D], [D, F]
 
-    def output(expert: int, slots: Array) -> tuple[Array, Array]:
-        tokens, places = np.divmod(slots, choice.ids.shape[1])  # [N], [N]
-        scale = choice.weights[tokens, places][:, None]  # [N, 1]
-        return tokens, swiglu(x[tokens], of(expert), limit) * scale  # [N], [N, D]
+    def output(expert: int, start: int, end: int) -> Array:
+        return swiglu(grouped[start:end], of(expert), limit)  # [rows, D]
 
     if is_large and reads_disk(weights.gate_proj):
         for expert in chosen:
             will_need(*of(expert))  # all are on their way while the first one computes
-    out = np.zeros_like(x)
-    groups = zip(chosen, np.split(by_expert, starts[1:]), strict=True)
-    for tokens, added in (each if is_large else itertools.starmap)(output, groups):
-        out[tokens] += added
-    return out
+    groups = zip(chosen, starts, [*starts[1:], len(ids)], strict=True)
+    outputs = (each if is_large else itertools.starmap)(output, groups)
+    return np.concatenate(list(outputs))[np.argsort(by_expert)]  # [N, D]; as slots were
+
+
+def at_once(slots: Array, weights: MoEWeights, ids: NDArray[Any], limit: float | None) -> Array:
+    """The same outputs from a copy of its expert's matrices for each slot, multiplied in one call.
+
+    slots [N, D], ids [N]. Returns [N, D]. Where experts are small, calls cost more than bytes.
+    The copies go to memory that is there already: to clear fresh pages would take longer still.
+    """
+    copies = scratch((3, len(ids), *weights.gate_proj.shape[1:]), slots.dtype)  # [3, N, F, D]
+    down = copies[2].reshape(-1, *weights.down_proj.shape[1:])  # [N, D, F]
+    own = MLPWeights(copies[0], copies[1], down)  # [N, F, D], [N, F, D], [N, D, F]
+    for n in range(3):
+        np.take(np.asarray(weights[2 + n]), ids, axis=0, out=np.asarray(own[n]), mode="clip")
+    return swiglu(slots[:, None], own, limit)[:, 0]  # [N, D]
 
 
 def moe(

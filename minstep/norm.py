@@ -16,5 +16,5 @@ def rms_norm(x: Array, weight: Weight, eps: float) -> Array:
         about 0 instead of about 1: garbage from layer 0. Adding 1 at load time as well doubles it.
     Checked by: tests/test_norm.py
     """
-    mean_square = np.square(x).mean(axis=-1, keepdims=True)  # [..., 1]
+    mean_square = np.square(x).sum(axis=-1, keepdims=True) / x.shape[-1]  # [..., 1]
     return x / np.sqrt(mean_square + eps) * (1 + as_float(weight, x.dtype))

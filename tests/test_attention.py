@@ -172,6 +172,7 @@ def test_where_blocks_end_changes_nothing(seed: int, monkeypatch: pytest.MonkeyP
     first = past.start + keys - count
     monkeypatch.setattr(attention, "ROWS", int(rng.integers(1, 30)))
     monkeypatch.setattr(attention, "KEYS", int(rng.integers(1, 30)))
+    monkeypatch.setattr(attention, "FEW", int(rng.integers(0, 40)))  # few rows or many
     for window in (None, 1, 2, int(rng.integers(3, 110))):
         expected = plain(q, past, first, window)
         got = attend_in_blocks(q, past, first, window)

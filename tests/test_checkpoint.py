@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from minstep import find_config, load_config, open_checkpoint, save
-from minstep.bf16 import to_bf16
+from minstep.bf16 import BF16Array, to_bf16
 from minstep.checkpoint import INDEX
 from minstep.cli import main
 from minstep.config import Config, parse_config
@@ -165,6 +165,18 @@ def test_tensors_the_config_does_not_ask_for_are_left_alone(sharded: Path) -> No
     (sharded / INDEX).write_text(json.dumps(index))
     assert "stray" in open_checkpoint(sharded).tensors
     open_checkpoint(sharded).weights()
+
+
+def test_small_tensors_are_converted_when_all_are_put_in_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("minstep.checkpoint.SMALL", 64 * 24)
+    checkpoint = open_checkpoint(GOLDEN / "tiny" / "bf16")
+    weights = checkpoint.weights()
+    norm, experts = weights.norm, weights.layers[3].moe.gate_proj
+    assert isinstance(norm, np.ndarray) and norm.dtype == np.float32
+    assert isinstance(experts, BF16Array) and experts.shape == (16, 24, 64)
+    assert np.array_equal(norm, np.asarray(checkpoint.stored("model.norm.weight", (64,))))
 
 
 def test_weights_are_views_that_cannot_be_written() -> None:

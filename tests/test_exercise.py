@@ -133,7 +133,7 @@ MISTAKES = [
     Mistake(4, "attention", "total = total * shrink", "total = total"),
     Mistake(4, "attention", "low = 0 if window is None else max(0, first", "low = 0 if window is None else max(0, 1 + first"),
     Mistake(5, "activations", "np.exp(-np.abs(x))", "np.exp(-x)"),
-    Mistake(6, "moe", "zip(chosen, np.split", "zip(chosen[::-1], np.split"),
+    Mistake(6, "moe", "zip(chosen, starts", "zip(chosen[::-1], starts"),
     Mistake(6, "moe", 'np.argsort(-biased, axis=-1, kind="stable")', "np.argsort(biased, axis=-1)[:, ::-1]"),
     Mistake(8, "cache", "return kept", "return used"),
     Mistake(8, "cache", "self.start > max(0, end - self.sees)", "False"),
@@ -224,7 +224,7 @@ def test_float32_in_a_float64_run_is_suspected(by: float, is_asked: bool) -> Non
     ("name", "function", "line"),
     [
         ("norm", "rms_norm", "return x / np.sqrt("),
-        ("moe", "experts", "return out"),
+        ("moe", "experts", "return (outputs"),
         ("model", "block", "return x + (routed"),
         ("mtp", "mtp_head", "return tap("),
     ],

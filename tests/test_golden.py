@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 import minstep
 from minstep import attention
+from minstep.checkpoint import SMALL
 from minstep.lab.trace import Recorder, Trace, record
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -68,9 +69,13 @@ def short(folder: Path) -> str:
     return f"{folder.parent.name}-{folder.name}"
 
 
+@pytest.mark.parametrize("small", [0, SMALL], ids=["as stored", "small ones converted"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("folder", FILES, ids=short)
-def test_every_named_tensor_equals_the_golden_one(folder: Path, dtype: str) -> None:
+def test_every_named_tensor_equals_the_golden_one(
+    folder: Path, dtype: str, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minstep.checkpoint.SMALL", small)
     checkpoint = minstep.open_checkpoint(folder)
     prompt = meta(folder)["prompt"]
     trace = record(prompt, checkpoint.weights(), checkpoint.config, np.dtype(dtype))

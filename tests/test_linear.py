@@ -29,6 +29,25 @@ def test_a_stored_weight_gives_what_converting_it_first_gives(
         )
 
 
+@pytest.mark.parametrize("width", [1, 19, 20, 64])
+@pytest.mark.parametrize("rows", [1, module.FEW, module.FEW + 1])
+def test_few_rows_give_what_many_do(rows: int, width: int) -> None:
+    x = RNG.standard_normal((2, rows, width), np.float32)[0]
+    stored = BF16Array(to_bf16(RNG.standard_normal((13, width), np.float32)))
+    expected = x.astype(np.float64) @ as_float(stored, np.float64).T
+    for weight in (stored, stored[2:9]):
+        part = expected if weight is stored else expected[:, 2:9]
+        got = linear(x, weight)
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, part, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+def test_a_stack_of_weights_multiplies_a_stack_of_rows() -> None:
+    x, stack = RNG.standard_normal((6, 2, 20)), RNG.standard_normal((6, 7, 20))
+    expected = np.stack([a @ w.T for a, w in zip(x, stack, strict=True)])
+    np.testing.assert_allclose(linear(x, stack), expected, rtol=1e-13, atol=1e-13)
+
+
 def test_every_finite_bfloat16_converts_exactly_and_back() -> None:
     every = np.arange(1 << 16, dtype=np.uint16)
     finite = every[(every & 0x7F80) != 0x7F80]

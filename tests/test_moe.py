@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from minstep import moe as module
 from minstep.activations import sigmoid
 from minstep.config import MoESpec
 from minstep.mlp import MLPWeights, swiglu
@@ -83,6 +84,34 @@ def test_experts_are_the_weighted_sum_of_their_outputs() -> None:
             own = MLPWeights(*(w[expert] for w in weights[2:]))
             expected[t] += weight * swiglu(x[t : t + 1], own, 0.7)[0]
     np.testing.assert_allclose(experts(x, weights, choice, 0.7), expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("few", [0, 1 << 30])
+def test_experts_one_by_one_and_at_once_are_that_sum(
+    few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weights = drawn()
+    choice, calls = route(x, weights, SPEC), list[str]()
+    monkeypatch.setattr(module, "FEW", few)
+    for name in ("one_by_one", "at_once"):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, n=name, f=real: calls.append(n) or f(*a))
+    got = experts(x, weights, choice, 0.7)
+    assert calls == (["at_once"] if few else ["one_by_one"])
+    expected = np.zeros_like(x)
+    for expert in range(E):
+        share = np.where(choice.ids == expert, choice.weights, 0).sum(axis=1, keepdims=True)
+        expected += share * swiglu(x, MLPWeights(*(w[expert] for w in weights[2:])), 0.7)
+    np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_experts_of_another_dtype_are_never_copied_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, weights = drawn()
+    monkeypatch.setattr(module, "at_once", None)
+    choice = route(x.astype(np.float32), weights, SPEC)
+    assert experts(x.astype(np.float32), weights, choice, 0.7).dtype == np.float32
 
 
 def test_permuting_the_experts_changes_nothing() -> None:

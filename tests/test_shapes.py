@@ -49,7 +49,7 @@ def run(sources: dict[str, str], dtype: str = "float32", stored: str = "bfloat16
         minstep.mtp_forward(prompt, hidden, weights, config, tap)
         how = Sampling(0.8, top_k=30, top_p=0.9, min_p=0.001, repetition_penalty=1.2)
         # The prompt is attended to in blocks, what comes after it is not.
-        with patch.multiple(attention, LARGE=800, ROWS=20, KEYS=8):
+        with patch.multiple(attention, LARGE=800, ROWS=20, KEYS=8, FEW=19):
             new = minstep.generate(
                 prompt, weights, config, rng, 3, how, dtype=dtype, chunk=12, ignore_eos=True
             )
@@ -80,20 +80,20 @@ def test_every_stated_shape_holds_and_none_is_missing_or_never_run() -> None:
     ("name", "right", "wrong", "found"),
     [
         ("moe", "# [T, E]", "# [T, A]", "states [T, A], but makes [23, 7]"),
-        ("mlp", "up_proj)  # [T, F]", "up_proj)  # [T]", "states [T], but makes [23, 52]"),
+        ("mlp", "up_proj)  # [..., F]", "up_proj)  # [F]", "states [F], but makes [23, 52]"),
         ("attention", "swapaxes(0, 1)  # [T, H, K]", "swapaxes(0, 1)  # [H, T, K]", "states [H, T, K], but makes [23, 6, 60]"),
-        ("attention", "-np.inf)  # [G, R, T, S]", "-np.inf)  # [G, R, S, T]", "states [G, R, S, T], but makes [2, 5, 1, 20]"),
+        ("attention", "-np.inf)  # [G, R, T, C]", "-np.inf)  # [G, R, C, T]", "states [G, R, C, T], but makes [2, 3, 2, 25]"),
         ("rope", "  # [T, 1, P]", "", "states no shape for (23, 1, 15)"),
-        ("mlp", "gate_proj))  # [T, F]", "gate_proj))", "states no shape for (23, 52)"),
+        ("mlp", "gate_proj))  # [..., F]", "gate_proj))", "states no shape for (23, 52)"),
         ("rope", "table [T, P]", "table [T, K]", "states [T, K], but makes [23, 15]"),
         ("norm", "Returns [..., N]", "Returns [N]", "states [N], but makes [23, 40]"),
         ("attention", "# [G*K, D]\n    v_", "# [H*K, D]\n    v_", "states [H*K, D], but makes [120, 40]"),
-        ("attention", "swapaxes(1, 2) * K**-0.5", "swapaxes(1, 2) * np.float64(K) ** -0.5", "makes float64"),
-        ("attention", "d - c), q.dtype)  # [R*B, C]", "d - c), q.dtype)  # [B, C]", "states [B, C], but makes [18, 6]"),
+        ("attention", "grouped * K**-0.5 @", "grouped * np.float64(K) ** -0.5 @", "makes float64"),
+        ("attention", "g, c:d])  # [R*B, C]", "g, c:d])  # [B, C]", "states [B, C], but makes [18, 6]"),
         ("sampling", "  # [fewer]", "", "states no shape for (25,)"),
         ("generate", "logits[: accepted + 1]", "logits", "states [1+accepted, V], but makes [2, 97]"),
         ("generate", "[V] float64", "[V]", "makes float64"),
-        ("mlp", "  # [T, D]", "  # [T, D]\n    x = x  # [D, T]", "never run: ['[D, T]']"),
+        ("mlp", "weights.down_proj)  # [..., D]", "weights.down_proj)  # [..., D]\n    x = x  # [D, T]", "never run: ['[D, T]']"),
     ],
 )  # fmt: skip
 def test_a_wrong_shape_is_found(name: str, right: str, wrong: str, found: str) -> None:

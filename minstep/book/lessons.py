@@ -125,7 +125,7 @@ EXERCISES = {
     ),
     6: Exercise(
         "router and experts",
-        {"moe": ("route", "experts")},
+        {"moe": ("route", "experts", "one_by_one", "at_once")},
         (the_router_chooses_and_weighs, the_chosen_experts_are_added_up, *WHOLE),
     ),
     7: Exercise(

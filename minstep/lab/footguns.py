@@ -143,7 +143,7 @@ FOOTGUNS = {
         Footgun("gate forgotten", "attention", "heads * gate[:, :, None]", "heads"),
     ),
     "router": (
-        Footgun("biased scores used as expert weights", "moe", "np.take_along_axis(scores, ids", "np.take_along_axis(biased, ids"),
+        Footgun("biased scores used as expert weights", "moe", "chosen = scores[", "chosen = biased["),
         Footgun("router bias forgotten when experts are chosen", "moe", "biased = scores + as_float(weights.router_bias, x.dtype)", "biased = scores"),
         Footgun("router bias added to the logits", "moe", "biased = scores +", "biased = logits +"),
         Footgun("softmax router, not sigmoid", "moe", "scores = sigmoid(logits)", "scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)"),

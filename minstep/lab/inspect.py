@@ -95,7 +95,7 @@ def checked(checkpoint: Checkpoint) -> dict[str, Stored]:
         checkpoint.weights()
     for name, shape in tensor_shapes(config, own).items():
         if not absent.keys() & {name, f"{name}{SCALES}"}:
-            checkpoint.get(name, shape)
+            checkpoint.stored(name, shape)
     found = {n: Stored(t.dtype, t.shape) for n, t in checkpoint.tensors.items()}
     return {n: found.get(n, t) for n, t in expected(config, own, {*found, *absent}).items()}
 
