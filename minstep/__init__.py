@@ -15,7 +15,7 @@ Read it with the book, docs/README.md; these files have a chapter each:
     11  lab.compare
     12  train.tape, train.loss
     13  lab.footguns
-    14  lab.inspect
+    14  lab.inspect, cost.count
     15  tokenizer, chat, sampling
 
 What stands in this package itself:

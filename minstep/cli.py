@@ -24,8 +24,10 @@ from minstep.arguments import (
     number,
     path,
 )
+from minstep.bench.flags import add_bench
 from minstep.book.exercise import add_exercise
 from minstep.book.footgun import add_footgun
+from minstep.cost.flags import add_cost
 from minstep.files import InputError, abandon_stdout, os_reason
 from minstep.lab.flags import add_lab_commands
 from minstep.lab.labs import add_labs
@@ -36,7 +38,7 @@ from minstep.train.flags import add_train
 
 GROUPS = {  # of commands, as the help lists them
     "run": "generate chat",
-    "look inside": "walk trace view inspect lab bench",
+    "look inside": "walk trace view inspect lab bench cost",
     "compare with another engine": "record check-layer diff",
     "learn": "exercise footgun",
     "make a model": "make-tiny train",
@@ -192,6 +194,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add_train(command)
     add_lab_commands(command)
+    add_bench(command)
+    add_cost(command)
     add_labs(command)
     add_footgun(command)
     add_view(command)

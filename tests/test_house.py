@@ -18,10 +18,15 @@ ORDER = (
     "draw.axes draw.page draw.charts lab.names lab.inspect lab.trace lab.shards lab.forms "
     "lab.recording lab.facts lab.parts lab.choice lab.decided lab.steps lab.record lab.compare "
     "lab.router lab.pairs lab.copies lab.footguns lab.rerun lab.layer lab.explain lab.diff "
-    "lab.checks lab.bench train.gradients train.tape train.loss train.schedule train.muon "
+    "lab.checks train.gradients train.tape train.loss train.schedule train.muon "
     "train.optim train.balance train.documents train.data train.bpe train.evaluate train.workers "
     "train.log train.saved train.trainer train.run lab.baselines arguments train.flags commands "
     "lab.commands lab.acceptance lab.loads lab.bits lab.labs lab.flags lab.lens lab.view lab.walk "
+    "bench.timing bench.layer bench.peers bench.targets bench.decoding bench.drafts bench.layers "
+    "bench.attention bench.reading bench.training bench.unused bench.report bench.peer "
+    "bench.commands bench.flags "
+    "cost.count cost.hardware cost.roofline cost.models cost.serving cost.prices cost.report "
+    "cost.chart cost.text cost.flags "
     "book.figures book.masks book.curves book.routes book.timeline book.exhibits "
     "book.exhibits_layer book.exhibits_decoding book.scenes book.lessons_layers "
     "book.lessons_around book.lessons_beyond book.lessons book.departures book.gallery "
@@ -57,6 +62,18 @@ def test_run_time_packages_are_numpy_safetensors_and_tokenizers() -> None:
     project = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
     names = [re.split(r"[<>=]", package)[0] for package in project["dependencies"]]
     assert names == ["numpy", "safetensors", "tokenizers"]
+
+
+def test_torch_is_imported_by_the_peer_of_bench_alone() -> None:
+    theirs = ("torch", "transformers")
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in getattr(node, "names", []) if hasattr(alias, "name")]
+            names += [getattr(node, "module", None) or ""]
+            if isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
+                names += [ast.unparse(each).strip("'") for each in node.args]
+            found = [name for name in names if name.split(".")[0] in theirs]
+            assert not found or path == PACKAGE / "bench" / "peer.py", (path, found)
 
 
 @pytest.mark.parametrize("path", [TOP / "README.md", *sorted((TOP / "docs").rglob("*.md"))])

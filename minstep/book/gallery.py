@@ -19,6 +19,7 @@ from minstep.book.timeline import sampling_svg, timeline_svg
 from minstep.checkpoint import open_checkpoint
 from minstep.config import Config, load_config
 from minstep.configs import find_config
+from minstep.cost.chart import roofline_svg
 from minstep.files import atomic_file
 from minstep.lab.footguns import FOOTGUNS
 from minstep.model import ModelWeights, decoder, head
@@ -137,6 +138,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "norm.svg": norm,
     "departure.svg": departure,
     "sampling.svg": sampling,
+    "roofline.svg": lambda: roofline_svg(released(), 32_768, drafts=3),
 }
 
 

@@ -2,9 +2,7 @@
 
 import fnmatch
 import json
-import tempfile
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +14,6 @@ from minstep.configs import find_config, read_config
 from minstep.continuation import Continuation
 from minstep.files import InputError, atomic_file, check_space
 from minstep.generate import check_prompt, steps
-from minstep.keys import read_json
-from minstep.lab.bench import bench_lines, bench_moe
 from minstep.lab.checks import Checks, check_layers, checkable, checks_json, checks_table
 from minstep.lab.diff import Report, as_json, diff, diff_table, layer_of, verdict
 from minstep.lab.explain import not_tried
@@ -171,19 +167,3 @@ def _explained(args: Namespace, report: Report) -> list[str]:
     alone = f"layer {n}, run from the input that {args.theirs} has, computes what it has"
     cause = f"the cause lies before it, or in {args.ours}, or this minstep was edited since"
     return [*checks.explained.get(n, [f"{alone}: {cause}"]), *not_tried(checks.untried)]
-
-
-def run_bench(args: Namespace) -> None:
-    """Time a MoE layer: of a checkpoint, or of random weights of the released sizes."""
-    rng = np.random.default_rng(args.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        if args.model is None:
-            file = find_config("step-3.5-flash") / "config.json"
-            config, made = load_config(file), Path(folder) / "made"
-            name = f"model.layers.{args.layer}."
-            form = Form("bfloat16", holds=lambda tensor: tensor.startswith(name), experts=24)
-            check_space(made, needed_space(config, form))
-            save_random(read_json(file), config, rng, made, form)
-            args.model = made
-        report = bench_moe(open_checkpoint(args.model), args.layer, rng)
-    print(json.dumps(report) if args.json else bench_lines(report))

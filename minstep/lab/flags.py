@@ -16,7 +16,6 @@ from minstep.arguments import (
     path,
 )
 from minstep.lab.commands import (
-    run_bench,
     run_check_layer,
     run_diff,
     run_inspect,
@@ -46,14 +45,6 @@ def _add_looking(command: Command) -> None:
     part.add_argument("--layer", type=layer_ranges, action="extend", metavar="LAYERS", help=text)
     part.add_argument("--first", type=at_least(1), metavar="N", help="the same of the first N")
     part.add_argument("--shards", action="store_true", help="each file and what it holds")
-    add.add_argument("--json", action="store_true")
-
-    text, example = "time a MoE layer beside what memory and disk allow", "--json"
-    add = command("bench", run_bench, text, example)
-    text = "checkpoint in hub layout (random weights of the released sizes, 1.3 GB of disk)"
-    add_model(add, text)
-    add.add_argument("--layer", type=at_least(0), default=17, metavar="N", help="which (17)")
-    add.add_argument("--seed", type=at_least(0), default=0, metavar="N")
     add.add_argument("--json", action="store_true")
 
 

@@ -1,12 +1,12 @@
 """How fast a MoE layer of a checkpoint is, beside what memory and disk of this machine allow."""
 
 import os
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from minstep.bench.timing import read_rate, seconds
 from minstep.checkpoint import Checkpoint
 from minstep.config import LayerSpec
 from minstep.files import InputError
@@ -15,7 +15,7 @@ from minstep.mlp import swiglu
 from minstep.model import BlockWeights
 from minstep.moe import moe
 from minstep.pages import DONTNEED
-from minstep.parallel import THREADS, each
+from minstep.parallel import THREADS
 from minstep.tap import Array
 from minstep.weights import block_weights
 
@@ -55,18 +55,20 @@ def bench_moe(checkpoint: Checkpoint, n: int, rng: np.random.Generator) -> dict[
         found = [k for k, spec in enumerate(layers) if spec.moe]
         known = f"{found[0]} to {found[-1]}" if found else "a model that has any"
         raise InputError(f"--layer {n}: is no MoE layer of {checkpoint.path}, expected {known}")
-    half = Half(layers[n], block_weights(layers[n], checkpoint.config.hidden_size, checkpoint.get))
+    half = Half(
+        layers[n], block_weights(layers[n], checkpoint.config.hidden_size, checkpoint.stored)
+    )
 
     def call() -> float:
         x = rng.standard_normal((1, checkpoint.config.hidden_size), np.float32)
-        return _seconds(lambda: half.run(x))
+        return seconds(lambda: half.run(x))
 
     rates, warm = list[float](), list[float]()
     for _ in range(ROUNDS):
         warm += [call() for _ in range(CALLS)][2:]
-        rates.append(_read_rate(half))
+        rates.append(experts_rate(half))
     plain = min(_plain(half, rng) for _ in range(ROUNDS))
-    nbytes = _bytes_used(half)
+    nbytes = bytes_used(half)
     return {
         "layer": n,
         "threads": THREADS,
@@ -103,26 +105,17 @@ def _bits(weight: Any) -> Any:
     return getattr(weight, "bits", weight)
 
 
-def _bytes_used(half: Half) -> int:
+def experts_rate(half: Half) -> float:
+    """Bytes a second at which threads read 16 experts from where they lie."""
+    return read_rate(_bits(stack)[e] for e in range(16) for stack in half.matrices()[:3])
+
+
+def bytes_used(half: Half) -> int:
     """Bytes of the weights that one token is multiplied with."""
     routed, shared = half.matrices()[:3], half.matrices()[3:]
     assert half.spec.moe
     each_expert = sum(_bits(stack)[0].nbytes for stack in routed)
     return half.spec.moe.top_k * each_expert + sum(_bits(weight).nbytes for weight in shared)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def _read_rate(half: Half) -> float:
-    """Bytes a second at which threads read experts, in parts of their own."""
-    parts = [(_bits(stack)[e].ravel(),) for e in range(16) for stack in half.matrices()[:3]]
-    parts = [(part.view(np.uint64) if part.nbytes % 8 == 0 else part,) for (part,) in parts]
-    best = min(_seconds(lambda: list(each(np.max, parts))) for _ in range(4))
-    return float(sum(part.nbytes for (part,) in parts) / best)
 
 
 def _plain(half: Half, rng: np.random.Generator) -> float:
@@ -132,7 +125,7 @@ def _plain(half: Half, rng: np.random.Generator) -> float:
     matrices = [stack[e] for e in chosen for stack in half.matrices()[:3]] + half.matrices()[3:]
     xs = [rng.standard_normal((1, matrix.shape[1]), np.float32) for matrix in matrices]
     pairs = list(zip(xs, matrices, strict=True))
-    return _seconds(lambda: [x @ as_float(matrix, np.float32).T for x, matrix in pairs])
+    return seconds(lambda: [x @ as_float(matrix, np.float32).T for x, matrix in pairs])
 
 
 def _cold(checkpoint: Checkpoint, call: Callable[[], float], asks: bool) -> float | None:

@@ -1,0 +1,1 @@
+"""Bench: how long decoding, a layer, reading and training take, beside torch and the hardware."""

@@ -1,0 +1,183 @@
+"""One MoE layer of the released sizes, its experts in bfloat16 in a mapped file.
+
+The file has transformers' own names and both sides map it, so that they read the same memory. Of
+the experts some are drawn and repeated, which no side can notice: 9 GB are read all the same.
+Checked by: tests/test_bench_layers.py, tests/test_bench_peer.py
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minstep.bench.layer import Half, bytes_used, experts_rate
+from minstep.bench.peers import Setup
+from minstep.bench.targets import LIMIT
+from minstep.bench.timing import Block, Found, Row, rounds, seconds
+from minstep.bf16 import BF16Array, to_bf16
+from minstep.checkpoint import Checkpoint, open_checkpoint
+from minstep.config import MoESpec, parse_config
+from minstep.configs import read_config
+from minstep.files import check_space
+from minstep.header import laid_out
+from minstep.linear import as_float
+from minstep.save import NEVER
+from minstep.tap import Array
+from minstep.weights import block_weights
+
+LAYER, DRAWN = 17, 24  # which layer; experts with numbers of their own
+FEWER = 48  # experts of the quick form
+MANY, FEW_CALLS, CALLS = 512, 1, 8  # tokens of a chunk; calls of a block with it, and with one
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}  # of the largest output
+Raw = dict[str, Any]
+
+
+def moe_layer(setup: Setup, raw: Raw | None = None, layer: int = LAYER) -> Found:
+    """One token, and a chunk of 512 that needs every expert; `raw`: another model's config.json.
+
+    One token is held against reading its weights alone, at the rate measured in the same round.
+    Torch's float32 is timed for one token only: all experts would take 18 GB. The quick form has
+    fewer experts, and so more tokens for each.
+    """
+    raw = read_config("step-3.5-flash")[0] if raw is None else raw
+    raw = raw | {"moe_num_experts": min(FEWER, raw["moe_num_experts"])} if setup.quick else raw
+    folder = layer_file(setup.folder / "moe", raw, layer, setup.seed)
+    checkpoint = open_checkpoint(folder)
+    experts = _spec(checkpoint, layer).experts
+    drawn = min(DRAWN, experts)
+    few, every = layer_half(checkpoint, layer, drawn), layer_half(checkpoint, layer, experts)
+    errors: list[str] = []
+    one = {"ours": _ours(few, 1, CALLS)}
+    if setup.peer:
+        for dtype in TOLERANCE:
+            asked = {"folder": str(folder), "layer": layer, "dtype": dtype, "experts": drawn}
+            setup.peer.ask("layer", name=f"one {dtype}", **asked)
+            one[dtype] = _theirs(setup, few, dtype, 1, CALLS, errors)
+    one[LIMIT] = lambda: bytes_used(few) / experts_rate(few)
+    times = rounds(one, setup.rounds)
+    rows = [Row("moe", f"one token of {bytes_used(few) / 1e6:,.0f} MB", times.pop("ours"), times)]
+    many = {"ours": _ours(every, MANY, FEW_CALLS)}
+    if setup.peer:
+        setup.peer.ask("drop")
+        asked = {"folder": str(folder), "layer": layer, "dtype": "bfloat16", "experts": experts}
+        setup.peer.ask("layer", name="many bfloat16", **asked)
+        many["bfloat16"] = _theirs(setup, every, "bfloat16", MANY, FEW_CALLS, errors)
+    times = rounds(many, min(setup.rounds, 3))
+    rows.append(Row("moe", f"{MANY} tokens, {experts} experts", times.pop("ours"), times))
+    if setup.peer:
+        setup.peer.ask("drop")
+    return Found(rows, sorted(set(errors)))
+
+
+def layer_file(folder: Path, raw: Raw, layer: int, seed: int, most: int | None = None) -> Path:
+    """The folder with that layer's MLP half alone, made where it is not there yet, and on disk.
+
+    `most`: only so many experts are written, the rest of the file is a hole.
+    """
+    if folder.exists():
+        return folder
+    spec = parse_config(raw).layers[layer].moe
+    assert spec
+    D, E, F, S = raw["hidden_size"], spec.experts, spec.width, spec.shared_width
+    start = f"model.layers.{layer}.mlp"
+    stored = {
+        f"{start}.gate.weight": ("F32", (E, D)),
+        f"{start}.gate.e_score_correction_bias": ("F32", (E,)),
+        f"{start}.experts.gate_up_proj": ("BF16", (E, 2 * F, D)),
+        f"{start}.experts.down_proj": ("BF16", (E, D, F)),
+        f"{start}.shared_experts.gate_proj.weight": ("BF16", (S, D)),
+        f"{start}.shared_experts.up_proj.weight": ("BF16", (S, D)),
+        f"{start}.shared_experts.down_proj.weight": ("BF16", (D, S)),
+    }
+    header, places = laid_out(stored, {"format": "pt"})
+    written = E if most is None else min(most, E)
+    check_space(folder, 6 * D * (written * F + S) + 4 * E * (D + 1))
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    with (folder / "model.safetensors").open("wb") as opened:
+        opened.write(header)
+        for name, (dtype, shape) in stored.items():
+            rows = min(DRAWN, written) if len(shape) == 3 else shape[0]
+            scale = np.float32(0.1 if len(shape) == 1 else shape[-1] ** -0.5)
+            x = rng.standard_normal((rows, *shape[1:]), np.float32) * scale
+            bits = (x if dtype == "F32" else to_bf16(x)).tobytes()
+            whole = written * len(bits) // rows if len(shape) == 3 else len(bits)
+            opened.seek(places[name])
+            for at in range(0, whole, len(bits)):
+                opened.write(bits[: whole - at])
+        opened.flush()
+        os.fsync(opened.fileno())  # or the system would write it while something is timed
+    said = raw | {"torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(said), encoding="utf-8")
+    return folder
+
+
+def layer_half(checkpoint: Checkpoint, layer: int, experts: int) -> Half:
+    """The MLP half of a layer whose file has nothing else; its router chooses the first experts."""
+    config = checkpoint.config
+
+    def get(name: str, shape: tuple[int, ...]) -> Any:
+        return checkpoint.stored(name, shape) if name in checkpoint.tensors else np.empty(0)
+
+    weights = block_weights(config.layers[layer], config.hidden_size, get)
+    assert weights.moe and weights.moe.router_bias is not None
+    bias = as_float(weights.moe.router_bias, np.float32).copy()  # [E]
+    bias[experts:] = NEVER
+    moe = weights.moe._replace(router_bias=bias)
+    return Half(config.layers[layer], weights._replace(moe=moe))
+
+
+def tokens_drawn(n: int, count: int, size: int) -> Array:
+    """The n-th input [count, size] float32, rounded to bfloat16: the same on both sides."""
+    x = np.random.default_rng(n).standard_normal((count, size), np.float32)
+    return np.asarray(BF16Array(to_bf16(x)), np.float32)
+
+
+def _spec(checkpoint: Checkpoint, layer: int) -> MoESpec:
+    spec = checkpoint.config.layers[layer].moe
+    assert spec
+    return spec
+
+
+def _ours(half: Half, count: int, calls: int) -> Block:
+    """A block of ours: each call other tokens, which choose other experts."""
+    warm_up, size = _warm_up(calls), half.weights.moe.gate.shape[1] if half.weights.moe else 0
+
+    def block() -> float:
+        xs = [tokens_drawn(n, count, size) for n in range(warm_up + calls)]
+        return min([seconds(_call(half, x)) for x in xs][warm_up:])
+
+    return block
+
+
+def _warm_up(calls: int) -> int:
+    """Calls that do not count; a single one takes seconds, and its first round warms up."""
+    return 2 if calls > 1 else 0
+
+
+def _call(half: Half, x: Array) -> Callable[[], Array]:
+    return lambda: half.run(x)
+
+
+def _theirs(
+    setup: Setup, half: Half, dtype: str, count: int, calls: int, errors: list[str]
+) -> Block:
+    """The peer's block, and whether its last row of the first call is ours."""
+    name = f"{'one' if count == 1 else 'many'} {dtype}"
+    size = half.weights.moe.gate.shape[1] if half.weights.moe else 0
+
+    def block() -> float:
+        assert setup.peer
+        asked = {"name": name, "tokens": count, "calls": calls, "warm_up": _warm_up(calls)}
+        answer = setup.peer.ask("run_layer", **asked)
+        if not errors:
+            row = half.run(tokens_drawn(0, count, size))[-1]
+            off = np.abs(row - answer["row"]).max() / np.abs(row).max()
+            if not off <= TOLERANCE[dtype]:
+                errors.append(f"moe, {count} tokens: {dtype} is off by {off:.1e} of the largest")
+        return float(answer["seconds"])
+
+    return block

@@ -1,0 +1,1 @@
+"""What a token costs: parameters, FLOPs, bytes, time on known hardware, and money."""
