@@ -121,6 +121,8 @@ class Drafter:
         `tokens` is the text so far; hidden [T, D] is h^0 of its positions that were not fed yet, up
         to the one before the last. Near the end of the context there are fewer drafts.
         """
+        if not self.count:
+            return [], []
         self.states = np.concatenate((self.states, hidden))  # [rows, D]
         text, drafts, q = list(tokens), list[int](), list[Array]()
         x = self.states
