@@ -54,9 +54,9 @@ def distribution(logits: Array, seen: Sequence[int], how: Sampling) -> Array:
 
 def draw(probs: Array, rng: np.random.Generator) -> int:
     """A token from probabilities [V], by one random number."""
-    edges = probs.cumsum()
+    edges = np.cumsum(probs)
     # The last edge is 1 whatever the rounding of the sum, so the number always falls below it.
-    return int((edges / edges[-1]).searchsorted(rng.random(), side="right"))
+    return int(np.searchsorted(edges / edges[-1], rng.random(), side="right"))
 
 
 def acceptance(draft: int, q: Array, p: Array) -> tuple[float, Array]:
