@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from minstep.cli import main
+from minstep.train.documents import Document, python_documents
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -29,6 +30,12 @@ class Ran(NamedTuple):
 
 Run = Callable[..., Ran]
 Refused = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[Document]:
+    """The documentation inside Python, which takes seconds to read."""
+    return python_documents()
 
 
 @pytest.fixture

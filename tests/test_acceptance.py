@@ -30,6 +30,7 @@ from minstep.lab.footguns import variant
 from minstep.model import BlockWeights, ModelWeights
 from minstep.tap import Array
 from minstep.tokenizer import load_tokenizer
+from minstep.train.documents import Document
 
 TINY = minstep.load_config(minstep.find_config("tiny"))._replace(eos_token_ids=())
 WEIGHTS = minstep.random_weights(TINY, np.random.default_rng(0))
@@ -208,15 +209,17 @@ def test_continuations_that_end_at_once_are_an_input_error() -> None:
 
 
 @pytest.mark.skipif(not any(TRAINED.glob("*.safetensors")), reason="no trained model is shipped")
-def test_the_shipped_models_drafts_are_kept_and_with_the_wrong_head_they_are_not() -> None:
-    from minstep.train.data import encode_documents, python_documents, split
+def test_the_shipped_models_drafts_are_kept_and_with_the_wrong_head_they_are_not(
+    documents: list[Document],
+) -> None:
+    from minstep.train.data import encode_documents, split
 
     checkpoint = minstep.open_checkpoint(TRAINED)
     weights, config = checkpoint.weights(None), checkpoint.config
     tokenizer = load_tokenizer(TRAINED)
     assert tokenizer
-    documents = split(python_documents()).held_out
-    texts = [encode_documents([document], tokenizer)[:-1].tolist() for document in documents]
+    held_out = split(documents).held_out
+    texts = [encode_documents([document], tokenizer)[:-1].tolist() for document in held_out]
     prompts = beginnings(texts, 24, 64, np.random.default_rng(0))
     right, wrong = (draft(prompts, weights, config, way, 48) for way in (AS_IT_IS, LM_HEAD))
     assert right.texts == wrong.texts

@@ -11,9 +11,12 @@ import pytest
 from minstep import open_checkpoint, pages
 from minstep.bench import decoding, timing
 from minstep.bench.layer import bench_moe
+from minstep.bench.peers import Setup
 from minstep.bench.report import bench_report, bench_table, charts
 from minstep.bench.targets import LIMIT, TARGETS, target
 from minstep.bench.timing import Curve, Found, Row, read_rate, rounds
+from minstep.bench.training import training
+from minstep.train.documents import Document
 from tests.conftest import GOLDEN, Refused, Run
 
 KEYS = {"layer", "threads", "bytes", "read_gbps", "gbps", "share", "warm_ms", "warm_median_ms"}
@@ -174,16 +177,23 @@ def test_the_cost_over_the_context_is_a_curve(small: None, run: Run, tmp_path: P
     ElementTree.fromstring((tmp_path / "tiny.svg").read_text())
 
 
-def test_drafts_and_training_have_a_row_each(
-    small: None, run: Run, monkeypatch: pytest.MonkeyPatch
+def test_drafts_are_timed_beside_one_draft_and_none(
+    small: None, documents: list[Document], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("minstep.train.data.python_documents", lambda: documents)
     monkeypatch.setattr("minstep.bench.drafts.NEW", 4)
-    monkeypatch.setattr("minstep.bench.training.SEQUENCES", 2)
     monkeypatch.setattr("minstep.bench.commands.FEWER", 1)
     ran = run("bench", "--only", "drafts", "--quick", "--peer", "no-such", "--json")
     found = json.loads(ran.out)["cases"]["drafts"]
     (row,) = found["rows"]
     assert set(row["others"]) == {"one draft", "without"} and found["errors"] == []
+
+
+def test_a_training_step_is_timed_without_a_peer_too(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, None, rounds=1, quick=False, seed=0)
+    found = training(setup, GOLDEN / "tiny" / "fp32", length=8)
+    (row,) = found.rows
+    assert row.case == "training" and min(row.ours) > 0 and not row.others and not found.errors
 
 
 @pytest.mark.parametrize("names", ["tiny,large", "", "tiny;mid"])

@@ -40,11 +40,6 @@ print(hashlib.sha256(repr((documents, split(documents))).encode()).hexdigest())
 
 
 @pytest.fixture(scope="module")
-def documents() -> list[Document]:
-    return python_documents()
-
-
-@pytest.fixture(scope="module")
 def corpus(documents: list[Document]) -> Corpus:
     return split(documents)
 
@@ -205,7 +200,10 @@ def test_topics_and_modules_are_held_out_to_the_size_that_a_measurement_needs(
     assert {*corpus.held_out} <= {*documents}  # whole, as they were
 
 
-def test_topics_stand_twice_the_second_time_without_quotes_around_code(corpus: Corpus) -> None:
+def test_topics_stand_twice_the_second_time_without_quotes_around_code(
+    documents: list[Document], corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minstep.train.data.python_documents", lambda: documents)
     once, corpus = corpus, read_corpus()
     assert corpus.held_out == once.held_out and corpus.train[: len(once.train)] == once.train
     topics = Counter(d.name for d in corpus.train if d.name.startswith("topic/"))

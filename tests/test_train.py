@@ -23,7 +23,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def flags(text: Path, out: Path, *more: str, steps: int = 40) -> list[str]:
+def flags(text: Path, out: Path, *more: str, steps: int = 16) -> list[str]:
     own = ["--text", str(text), "--out", str(out), "--steps", str(steps), "--processes", "1"]
     return ["train", *SHAPE, *own, *more]
 
