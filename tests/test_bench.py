@@ -94,6 +94,7 @@ def test_sides_take_turns_a_block_at_a_time() -> None:
 def test_a_ratio_is_of_the_fastest_rounds_and_has_a_spread() -> None:
     row = Row("tiny", "decode", [2.0, 1.0, 4.0], {"float32": [5.0, 3.0, 4.0]})
     assert row.ratio("float32") == (3.0, 1.0, 3.0)
+    assert row._replace(in_pairs=True).ratio("float32") == (2.5, 1.0, 3.0)
 
 
 def test_reading_counts_all_bytes_and_takes_any_array() -> None:

@@ -20,8 +20,8 @@ BESIDE = ("float32", "bfloat16")  # what the chart of ratios has bars for
 def bench_report(machine: dict[str, Any], found: Mapping[str, Found]) -> dict[str, Any]:
     """Machine and cases as one object of plain values: every round's seconds, ratios, targets.
 
-    A ratio is how many times as fast ours is, from the fastest round of each side; `least` and
-    `most` are those of single rounds.
+    A ratio is how many times as fast ours is, from the fastest round of each side, or the
+    median of many pairs; `least` and `most` are those of single rounds.
     """
     return {"machine": machine, "cases": {name: judged(each) for name, each in found.items()}}
 

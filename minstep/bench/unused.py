@@ -23,9 +23,10 @@ from minstep.checkpoint import open_checkpoint
 from minstep.configs import find_config, read_config
 from minstep.lab.copies import copies, source
 from minstep.model import decoder, head
+from minstep.sampling import GREEDY, distribution, draw
 
 CHAIN = "cache attention mlp moe model sampling mtp generate".split()  # in the order of imports
-TOKENS, TURNS = 16, 24  # tokens of a block; blocks of each side for one round elsewhere
+TOKENS, TURNS = 8, 40  # tokens of a block; blocks of each side for one round elsewhere
 
 
 def unused(setup: Setup) -> Found:
@@ -42,7 +43,7 @@ def unused(setup: Setup) -> Found:
         its_rows, is_same = compared(name, model, setup)
         rows += its_rows
         errors += [] if is_same else [f"unused, {name}: not the same tokens"]
-    notes = []
+    notes = [f"ratios here are medians of {len(rows[0].ours)} pairs of blocks"]
     if all(_same_code(*_compiled(name)) for name in CHAIN):
         notes.append(f"shape comments: the bytecode of {len(CHAIN)} files is the same without them")
     return Found(rows, errors, notes)
@@ -82,19 +83,20 @@ def compared(name: str, model: Model, setup: Setup) -> tuple[list[Row], bool]:
         for block in blocks.values():  # warms up
             block()
         times = rounds(blocks, TURNS * setup.rounds, pause=0)
-        rows.append(Row("unused", f"{name}, {what}", times.pop("ours"), times))
+        rows.append(Row("unused", f"{name}, {what}", times.pop("ours"), times, in_pairs=True))
     return rows, all(tokens == said["ours"] for tokens in said.values())
 
 
 def bare(model: Model, prompt: Sequence[int], count: int) -> tuple[float, float, list[int]]:
-    """What `continued` does, with nothing but decoder, head and the largest logit."""
-    config, weights = model.config, model.weights
+    """What `continued` does, with nothing but decoder, head and a token drawn as it is there."""
+    config, weights, rng = model.config, model.weights, np.random.default_rng(0)
     caches = new_caches(config.layers, np.float32, 0, len(prompt), len(prompt) + count)
     tokens = list[int]()
 
     def step(given: Sequence[int]) -> None:
         x = decoder(given, weights, config, np.float32, caches)  # [T, D]
-        tokens.append(int(head(x[-1:], weights, config)[0].argmax()))
+        logits = head(x[-1:], weights, config)[0]  # [V]
+        tokens.append(draw(distribution(logits, tokens, GREEDY), rng))
 
     started = time.perf_counter()
     step(prompt)
