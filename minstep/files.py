@@ -1,11 +1,11 @@
 """Where the maths meets the machine: one kind of error, and output that is whole or absent."""
 
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -49,9 +49,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
             raise InputError(f"{path}: cannot be written: it is a directory")
         if target.exists() and not target.is_file():  # the rename would replace even /dev/null
             raise InputError(f"{path}: cannot be written: it is a device, expected a file")
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
+        temporary = _beside(target, path.name)
+        temporary.touch(mode=0o600, exist_ok=False)
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, target)
@@ -59,7 +58,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written: {os_reason(error)}") from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # it may never have come to be
+                temporary.unlink()
 
 
 @contextmanager
@@ -81,7 +81,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if foreign:
             message = f"{foreign[0].name}, which make-tiny did not write"
             raise InputError(f"{name}: holds {message}, expected a new or empty folder")
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        temporary = _beside(path, path.name)
+        temporary.mkdir(mode=0o700)
         new = temporary / "new"
         new.mkdir()
         yield new
@@ -103,6 +104,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def _target(path: Path) -> Path:
     """Where `path` leads when links are followed; still a link where one leads back to itself."""
     return Path(os.path.realpath(path))
+
+
+def _beside(target: Path, name: str) -> Path:
+    """A hidden path that nothing has, known before it is made: a signal may come in between."""
+    return target.with_name(f".{name}.{secrets.token_hex(4)}")
 
 
 def _is_ours(entry: Path) -> bool:

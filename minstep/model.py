@@ -59,9 +59,9 @@ def embed(tokens: Sequence[int], embed_tokens: Weight, dtype: DTypeLike) -> Arra
     V = embed_tokens.shape[0]
     if ids.size == 0 or ids.dtype.kind not in "iuO":
         raise InputError(f"tokens are {list(tokens)!r:.80}, expected one or more integer ids")
-    wrong = ids[(ids < 0) | (ids >= V)]  # NumPy would take a negative id from the end
-    if wrong.size:
-        raise InputError(f"token id {wrong[0]} is out of range, expected 0 to {V - 1}")
+    if ids.size and not 0 <= ids.min() <= ids.max() < V:
+        bad = ids[(ids < 0) | (ids >= V)][0]  # NumPy would take a negative id from the end
+        raise InputError(f"token id {bad} is out of range, expected 0 to {V - 1}")
     return as_float(embed_tokens[ids.astype(np.intp)], dtype)  # [T, D]
 
 
