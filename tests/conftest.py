@@ -39,6 +39,12 @@ def documents() -> list[Document]:
 
 
 @pytest.fixture
+def read_once(documents: list[Document], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands take the documentation that has been read already."""
+    monkeypatch.setattr("minstep.train.data.python_documents", lambda: documents)
+
+
+@pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """`minstep ARGUMENTS` in this process."""
 

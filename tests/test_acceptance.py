@@ -30,6 +30,7 @@ from minstep.lab.footguns import variant
 from minstep.model import BlockWeights, ModelWeights
 from minstep.tap import Array
 from minstep.tokenizer import load_tokenizer
+from minstep.train.data import encode_documents, split
 from minstep.train.documents import Document
 
 TINY = minstep.load_config(minstep.find_config("tiny"))._replace(eos_token_ids=())
@@ -212,8 +213,6 @@ def test_continuations_that_end_at_once_are_an_input_error() -> None:
 def test_the_shipped_models_drafts_are_kept_and_with_the_wrong_head_they_are_not(
     documents: list[Document],
 ) -> None:
-    from minstep.train.data import encode_documents, split
-
     checkpoint = minstep.open_checkpoint(TRAINED)
     weights, config = checkpoint.weights(None), checkpoint.config
     tokenizer = load_tokenizer(TRAINED)

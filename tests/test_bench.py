@@ -16,7 +16,6 @@ from minstep.bench.report import bench_report, bench_table, charts
 from minstep.bench.targets import LIMIT, TARGETS, target
 from minstep.bench.timing import Curve, Found, Row, read_rate, rounds
 from minstep.bench.training import training
-from minstep.train.documents import Document
 from tests.conftest import GOLDEN, Refused, Run
 
 KEYS = {"layer", "threads", "bytes", "read_gbps", "gbps", "share", "warm_ms", "warm_median_ms"}
@@ -179,9 +178,8 @@ def test_the_cost_over_the_context_is_a_curve(small: None, run: Run, tmp_path: P
 
 
 def test_drafts_are_timed_beside_one_draft_and_none(
-    small: None, documents: list[Document], run: Run, monkeypatch: pytest.MonkeyPatch
+    small: None, read_once: None, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minstep.train.data.python_documents", lambda: documents)
     monkeypatch.setattr("minstep.bench.drafts.NEW", 4)
     monkeypatch.setattr("minstep.bench.commands.FEWER", 1)
     ran = run("bench", "--only", "drafts", "--quick", "--peer", "no-such", "--json")

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 import minstep
-from minstep.train.documents import Document
 from tests.book import (
     BLOCK,
     DOCS,
@@ -47,9 +46,8 @@ def plain(number: str) -> str:
 
 @pytest.mark.parametrize("path", PAGES, ids=name)
 def test_every_block_is_what_its_marker_makes(
-    path: Path, documents: list[Document], monkeypatch: pytest.MonkeyPatch
+    path: Path, read_once: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minstep.train.data.python_documents", lambda: documents)
     monkeypatch.setenv("COLUMNS", "100")
     written, made = path.read_text(encoding="utf-8"), fill(path)
     for old, new in zip(BLOCK.finditer(written), BLOCK.finditer(made), strict=True):

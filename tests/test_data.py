@@ -201,9 +201,8 @@ def test_topics_and_modules_are_held_out_to_the_size_that_a_measurement_needs(
 
 
 def test_topics_stand_twice_the_second_time_without_quotes_around_code(
-    documents: list[Document], corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+    corpus: Corpus, read_once: None
 ) -> None:
-    monkeypatch.setattr("minstep.train.data.python_documents", lambda: documents)
     once, corpus = corpus, read_corpus()
     assert corpus.held_out == once.held_out and corpus.train[: len(once.train)] == once.train
     topics = Counter(d.name for d in corpus.train if d.name.startswith("topic/"))

@@ -125,7 +125,7 @@ MASK = np.array([[True, False, True, False], [False] * 4, [True] * 4])
 ROWS = np.array([[2, 0, 0], [3, 3, 1]])
 CASES = [
     *(Case(function, (positive(*shape),)) for function in UNARY for shape in [(3, 4), (), (0, 2)]),
-    *(Case(function, (some(3, 4),)) for function in (np.negative, np.exp, np.square, np.absolute)),
+    *(Case(function, (some(3, 4),)) for function in UNARY if function not in (np.log, np.sqrt)),
     *(Case(function, pair) for function in BINARY for pair in PAIRS),
     Case(np.matmul, (some(3, 4), some(4, 2, seed=1))),
     Case(np.matmul, (some(2, 3, 4), some(2, 4, 2, seed=1))),

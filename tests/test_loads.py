@@ -23,6 +23,7 @@ from minstep.model import ModelWeights
 from minstep.moe import Choice
 from minstep.tap import Array
 from minstep.tokenizer import load_tokenizer
+from minstep.train.data import encode_documents, split
 from minstep.train.documents import Document
 
 CONFIG = load_config(find_config("tiny"))
@@ -152,8 +153,6 @@ def test_a_model_without_experts_is_an_input_error() -> None:
 
 @pytest.mark.skipif(not any(TRAINED.glob("*.safetensors")), reason="no trained model is shipped")
 def test_the_shipped_model_has_no_dead_experts(documents: list[Document]) -> None:
-    from minstep.train.data import encode_documents, split
-
     checkpoint, tokenizer = minstep.open_checkpoint(TRAINED), load_tokenizer(TRAINED)
     assert tokenizer
     stream = encode_documents(split(documents).held_out, tokenizer).tolist()
