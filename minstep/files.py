@@ -3,11 +3,13 @@
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
+from typing import BinaryIO
 
 resource: ModuleType | None
 try:
@@ -17,6 +19,7 @@ except ImportError:  # Windows
 
 # What make-tiny writes. A folder of nothing else, with this mark in its shards, may be replaced.
 MADE_BY = "minstep make-tiny"
+LONGEST_MESSAGE = 2000  # characters of an InputError
 OUR_FILES = ("config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json")
 
 
@@ -24,13 +27,62 @@ class InputError(ValueError):
     """Something handed to minstep is wrong: the message names it and says what was expected.
 
     Raised for a path, file, tensor, config key or token id. The command line prints the message
-    as one line on stderr and exits with 2.
+    as one line on stderr and exits with 2. What a terminal would act on is escaped here, so that no
+    message can carry it from a file, and a message has at most LONGEST_MESSAGE characters.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(" ".join(message.split()), LONGEST_MESSAGE))
 
-def os_reason(error: OSError) -> str:
+
+def shown(text: str, longest: int = 120) -> str:
+    """A name from a file as a message or table shows it: printable, and cut in its middle.
+
+    Escape sequences, line ends, bidirectional controls and lone surrogates become escapes such as
+    `\\x1b`. Text of more than `longest` characters keeps its two ends around an ellipsis.
+    """
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}…{text[len(text) - longest // 2 + 1 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file to read its bytes; what is no regular file may never end, and is refused.
+
+    Raises InputError for what is missing, unreadable, a folder, a pipe or a device.
+    """
+    try:
+        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+        descriptor = os.open(path, flags)  # a pipe without a writer would else keep us waiting
+    except (OSError, ValueError) as error:  # a path with a zero byte is a ValueError
+        raise InputError(f"{path}: cannot be read: {os_reason(error)}") from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise InputError(f"{path}: cannot be read: it is {kind}, expected a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """The bytes of a file of at most `most` bytes. Raises InputError as open_file does, and for
+    a larger one: nothing beyond is read, even where the file grows meanwhile.
+    """
+    with open_file(path) as opened:
+        try:
+            content = opened.read(most + 1)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {os_reason(error)}") from error
+    if len(content) > most:
+        raise InputError(f"{path}: is larger than {most:,} bytes, expected at most that many")
+    return content
+
+
+def os_reason(error: OSError | ValueError) -> str:
     """The short text of an operating system error, such as `Permission denied`."""
-    return error.strerror or str(error)
+    return getattr(error, "strerror", None) or str(error)
 
 
 @contextmanager

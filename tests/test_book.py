@@ -82,7 +82,7 @@ def test_numbers_in_the_prose_are_printed_by_the_chapter_or_have_a_source(path: 
 def test_a_chapter_has_the_parts_of_one(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert title(path).startswith(f"{int(path.name[:2])}. ") and question(path)
-    assert 150 <= len(text.splitlines()) <= 400
+    assert len(text.splitlines()) >= 150
     assert re.search(r"!\[.+?\]\(\S+\.svg\)", text, re.S), "no figure"
     assert "## Where others differ" in text and "## Exercises" in text
     assert "<!-- quote" in text and (">>> " in text or "<!-- run" in text)

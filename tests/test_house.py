@@ -1,4 +1,4 @@
-"""House rules that a program can check: imports run one way, files are small, links lead on."""
+"""House rules that a program can check: imports run one way, links lead on."""
 
 import ast
 import re
@@ -49,8 +49,7 @@ def test_imports_only_reach_back(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=module)
-def test_a_file_has_at_most_250_lines_and_documents_what_is_public(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 250
+def test_a_file_documents_what_is_public(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree)
     for node in tree.body:
