@@ -1,6 +1,7 @@
 """Every malformed checkpoint is refused in one line that names the file or tensor."""
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from minstep.checkpoint import open_checkpoint
+from minstep.files import InputError
 from tests.conftest import Refused, Run
 
 Header = dict[str, Any]
@@ -111,6 +114,37 @@ def test_a_tensor_described_twice_is_refused(single: Path, refused: Refused) -> 
 def test_overlapping_tensors_are_refused(single: Path, refused: Refused) -> None:
     edit_header(single / SINGLE, lambda h: h.update({"copy": h[NORM]}))
     refused("inspect", single, naming=(SINGLE, "offset"))
+
+
+@pytest.mark.parametrize("where", ["beside", "below"])
+@pytest.mark.parametrize("form", ["relative", "absolute", "nested", "through", "backslash"])
+def test_an_index_leads_to_no_file_outside_its_folder(
+    form: str, where: str, sharded: Path, refused: Refused
+) -> None:
+    """The file that it names is whole and has the tensor: only its place is wrong."""
+    inside = sharded / "model-00001.safetensors"
+    folder = sharded.parent if where == "beside" else sharded / "below"
+    folder.mkdir(exist_ok=True)
+    outside = Path(inside.rename(folder / "evil.safetensors"))
+    relative = "../evil.safetensors" if where == "beside" else "below/evil.safetensors"
+    shard = {
+        "relative": relative,
+        "absolute": str(outside),
+        "nested": f"./{relative}",
+        "through": f"../{sharded.name}/{relative}",
+        "backslash": relative.replace("/", "\\"),
+    }[form]
+    index = json.loads((sharded / INDEX).read_text())
+    names = index["weight_map"]
+    index["weight_map"] = {n: shard if f == inside.name else f for n, f in names.items()}
+    (sharded / INDEX).write_text(json.dumps(index))
+    is_a_name = form == "backslash" and os.sep == "/"  # of a file that is not there
+    refused("generate", "--model", sharded, *TOKENS, naming=("evil.safetensors",))
+    try:
+        opened = open_checkpoint(sharded)
+    except InputError:
+        return
+    assert is_a_name and outside not in {*opened.maps, *(t.file for t in opened.tensors.values())}
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,19 @@ def test_discounts_are_the_papers() -> None:
     assert _discounts(counts) == pytest.approx(expected)
 
 
+def test_a_discount_is_from_a_twentieth_to_the_count_that_it_is_taken_from() -> None:
+    rng = np.random.default_rng(0)
+    least = np.full(4, np.inf)
+    for _ in range(300):
+        n = rng.integers(1, 10 ** rng.integers(1, 4, 4))  # how many counts are 1, 2, 3 and 4
+        share = n[0] / (n[0] + 2 * n[1])
+        estimates = [k - (k + 1) * share * n[k] / n[k - 1] for k in (1, 2, 3)]
+        found = _discounts(np.repeat([1, 2, 3, 4], n))
+        assert found == pytest.approx([0, *np.clip(estimates, 0.05, [1, 2, 3])])
+        least = np.minimum(least, found)
+    assert least.tolist() == [0, 0.05, 0.05, 0.05]
+
+
 def test_compressed_sizes_are_those_of_the_formats() -> None:
     train, held_out = prose(1, 3000), [prose(2, 500), prose(3, 300)]
     text = b"".join(held_out)

@@ -459,6 +459,42 @@ def test_a_value_gets_a_type_of_its_schema_or_stays_text(
     assert (got, type(got)) == (expected, type(expected))
 
 
+@pytest.mark.parametrize("length", [1, 2, 5, 10, 20])
+@pytest.mark.parametrize("by", ["$ref", "anyOf", "allOf", "both"])
+def test_a_long_chain_of_references_leads_to_its_type(by: str, length: int) -> None:
+    """Each definition refers to the next one, as it stands or inside a choice of one."""
+
+    def to(n: int) -> Any:
+        reference = {"$ref": f"#/$defs/{n}"}
+        if by == "$ref" or (by == "both" and n % 2):
+            return reference
+        return {"oneOf" if by == "both" else by: [reference]}
+
+    count = length if by == "$ref" else (length + 1) // 2  # a choice is a step of its own
+    definitions = {str(n): to(n + 1) for n in range(1, count)} | {str(count): {"type": "integer"}}
+    got = [typed(text, to(1), {"$defs": definitions}) for text in ("5", "five")]
+    assert got == [5, "five"]
+
+
+def test_a_schema_that_refers_to_itself_ends_with_the_types_beside_the_loop() -> None:
+    loop = {"anyOf": [{"$ref": "#/$defs/Loop"}, {"type": "integer"}]}
+    there = {"allOf": [{"$ref": "#/$defs/Back"}]}
+    back = {"type": ["null", "boolean"], "$ref": "#/$defs/There"}
+    root = {"$defs": {"Loop": loop, "There": there, "Back": back}, "type": "object"}
+    for name, text, expected in (
+        ("Loop", "5", 5),
+        ("Loop", "true", "true"),
+        ("There", "true", True),
+        ("There", "None", None),
+        ("Back", "true", True),
+        ("Back", "5", "5"),
+    ):
+        got = typed(text, {"$ref": f"#/$defs/{name}"}, root)
+        assert (got, type(got)) == (expected, type(expected)), (name, text)
+    root = {"properties": {"self": {"$ref": "#/properties/self"}}}
+    assert typed("5", {"$ref": "#/properties/self"}, root) == "5"
+
+
 @pytest.mark.parametrize(
     "tools", [[3], [{}], [{"function": 3}], [{"name": "f"}], [{"name": "f", "parameters": None}]]
 )

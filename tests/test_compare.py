@@ -139,6 +139,18 @@ def test_a_massive_column_hides_no_other_in_a_row() -> None:
     assert errors is not None and 0.08 < errors[2] < 0.11 and errors[[0, 1, 3, 4, 5]].max() == 0
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("times", [1.0, 4.0, 7.9, 8.1, 20.0, 79.0, 1e6])
+def test_a_column_is_massive_beyond_eight_times_the_median_column(times: float, sign: int) -> None:
+    a = np.ones((6, 40))
+    a[3, 7] = sign * times  # one such element is enough
+    b = a.copy()
+    b[3, 8:12] *= 1.5
+    errors = row_errors("model.layers.3", a, b)
+    length = np.sqrt(39 + times**2) if times <= 8 else np.sqrt(39)
+    assert errors == pytest.approx([0, 0, 0, 1 / length, 0, 0])
+
+
 def test_rows_are_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = random(7, 40), random(7, 40, seed=1)
     whole = row_errors("model.layers.3", a, b)

@@ -134,6 +134,18 @@ def test_stats_count_passes_after_the_prompts_and_drafts_by_depth() -> None:
     assert stats["tokens_per_forward"] == 2.0 and stats["stop"] == "length"
 
 
+@pytest.mark.parametrize("stop", ["eos", "length", "context"])
+def test_drafts_behind_the_end_of_the_text_are_not_among_those_kept(stop: str) -> None:
+    """The last pass accepts all three drafts, of which `new` - 1, or all, stand in the text."""
+    for new in (1, 2, 3, 4):
+        last = Step([6, 7, 8, 9][:new], NO_LOGITS, [6, 7, 8], 3, stop)
+        said = Continuation(iter([Step([5], NO_LOGITS, [], 0, None), last]))
+        assert len(list(said)) == 1 + new
+        kept = [1.0] * min(3, new) + [0.0] * (3 - min(3, new))
+        assert said.stats(PROMPT)["acceptance"] == kept and said.passes[1].kept == min(3, new)
+        assert said.mtp_trace == [(1, [6, 7, 8], 3)]
+
+
 def test_rates_are_tokens_over_seconds_and_the_first_token_is_the_prompts() -> None:
     said = streamed(stepped(max_tokens=20, ignore_eos=True))
     list(said)

@@ -1,6 +1,7 @@
 """`minstep diff`: the first tensor that departs, whatever the other engine calls its tensors."""
 
 import json
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 import minstep
 from minstep.bf16 import BF16Array
 from minstep.continuation import Pass
+from minstep.files import InputError
 from minstep.lab.compare import TOLERANCES
-from minstep.lab.diff import diff, first_departure
+from minstep.lab.diff import diff, first_departure, verdict
 from minstep.lab.facts import metadata
 from minstep.lab.pairs import compare_all, tolerance_of
 from minstep.lab.recording import Recording
@@ -455,6 +457,46 @@ def test_mtp_layers_may_have_more_rows_and_logits_only_the_last(trace: Trace) ->
     first = diff(ours, Recording("theirs", spoilt(more, "lm_head", (0, 3), 1), TOKENS)).departure
     assert first is not None and first.first is not None
     assert (first.name, first.first.place) == ("lm_head", (len(TOKENS) - 1, 3))
+
+
+def test_a_tensor_that_is_short_of_rows_departs_whichever_has_more(trace: Trace) -> None:
+    mtp = tuple(f"{at}." for at in layers_of(trace, "eh_proj"))
+    main = {name: x for name, x in trace.items() if not f"{name}.".startswith(mtp)}
+    for rows in (0, 1, len(TOKENS) - 1):
+        less = {
+            n: x[:, :rows, :rows] if x.ndim == 3 and n.endswith(".probs") else x[:rows]
+            for n, x in main.items()
+        }
+        ours, short = Recording("ours", main, TOKENS), Recording("theirs", less, TOKENS)
+        for pair in ((ours, short), (short, ours)):
+            found = diff(*pair).rows
+            assert [row.name for row in found] == list(main)
+            same = [row.name for row in found if row.is_match or "shape " not in row.note]
+            assert same == (["lm_head"] if rows == 1 else [])  # logits of one token are the last's
+
+
+@pytest.mark.parametrize("side", ["ours", "theirs"])
+@pytest.mark.parametrize("name", ["model.layers.11", f"{L3}.input_layernorm"])
+def test_a_recording_of_another_model_is_refused_on_either_side(
+    side: str, name: str, trace: Trace
+) -> None:
+    other = Recording("other", trace | {name: trace[L3][:, :40]}, TOKENS)
+    good = Recording("good", trace, TOKENS)
+    pair = (other, good) if side == "ours" else (good, other)
+    with pytest.raises(InputError, match=f"other: tensor {re.escape(name)}.*of another model"):
+        diff(*pair, config=CONFIG)
+    assert diff(good, good, config=CONFIG).departure is None
+
+
+def test_the_worst_tensor_is_the_one_nearest_its_own_tolerance(trace: Trace) -> None:
+    """In 16 bits a late layer may be off by more: a larger error there says less."""
+    moved = spoilt(trace, "model.layers.0", (3, 3), 0.9 * 0.03)
+    moved = spoilt(moved, "model.layers.6", (3, 3), 0.8 * 0.03 * 7**0.5)
+    ours, theirs = (Recording("any", x, TOKENS, "bfloat16") for x in (trace, moved))
+    report = diff(ours, theirs)
+    errors = {row.name: row.max_error for row in report.rows}
+    assert report.departure is None and errors["model.layers.6"] > 2 * errors["model.layers.0"]
+    assert "(worst 2.7e-02 at model.layers.0)" in verdict(report)
 
 
 def test_a_config_gives_the_sizes_and_the_factor(

@@ -48,6 +48,17 @@ def test_every_code_has_the_value_of_its_definition(scale: float) -> None:
     assert value(0x7E) == LARGEST and value(1) == 2.0**-9
 
 
+def test_a_scale_of_any_size_gives_each_code_its_exact_product() -> None:
+    finite = [code for code in range(256) if code & 0x7F != 0x7F]
+    codes, values = np.array([finite], np.uint8), np.array([[*map(value, finite)]], np.float32)
+    for exponent in range(-149, 128):
+        for mantissa in (1.0, 1.3, 1.99):
+            scale = np.float32(mantissa * 2.0**exponent)
+            with np.errstate(over="ignore"):
+                found = as_float(fp8(codes, [[scale]], (1, codes.size)), np.float32)
+                assert np.array_equal(found, values * scale), scale
+
+
 @pytest.mark.parametrize("shape", [(5, 7), (16, 8), (33, 20), (1, 1), (2, 19, 9)])
 @pytest.mark.parametrize("block", [(4, 3), (128, 128), (1, 1), (5, 2), (2**31 - 1, 2**31 - 1)])
 def test_each_block_has_its_own_scale_wherever_slices_are_cut(

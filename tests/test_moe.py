@@ -30,6 +30,20 @@ def test_router_weights_sum_to_the_scaling_factor() -> None:
     assert (choice.weights > 0).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("score", [0.0, 1e-25, 1e-20, 1e-18])
+def test_scores_that_vanish_are_divided_by_their_sum_and_1e_20(score: float, dtype: str) -> None:
+    x, weights = drawn(dtype)
+    logit = np.log(score) if score else -1e4
+    x, gate = np.ones_like(x), np.full((E, D), logit / D, dtype)
+    with np.errstate(all="raise", under="ignore"):
+        choice = route(x, weights._replace(gate=gate), SPEC)
+        output = moe(x, weights._replace(gate=gate), SPEC, 0.7)
+    expected = 2.5 * score / (A * score + 1e-20)
+    np.testing.assert_allclose(choice.weights, expected, rtol=1e-4 if dtype == "float32" else 1e-12)
+    assert np.isfinite(output).all() and output.any() == (score > 0)
+
+
 def test_the_bias_chooses_and_never_weighs() -> None:
     x, weights = drawn()
     scores = sigmoid(x @ weights.gate.T)

@@ -167,6 +167,20 @@ def test_gradients_are_clipped_all_together() -> None:
         np.testing.assert_allclose(after[0][name], after[1][name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1e-3, 0.02, 1.0, 300.0])
+def test_a_clipped_gradient_has_the_limit_as_its_norm(size: float) -> None:
+    """Moments begin at zero, so the first ones say what gradient a rule was given."""
+    gradients, optimizer = drawn(1, size), Optimizer(SHAPES, Settings(clip=0.01))
+    norm = optimizer.step(drawn(0), gradients)
+    state = optimizer.state()
+    given = {name: state.get(f"momentum.{name}") for name in (MATRIX, EXPERTS)}
+    given |= {name: state[f"first.{name}"] / np.float32(0.1) for name in (NORM, EMBED)}
+    for name, x in given.items():
+        np.testing.assert_allclose(x, gradients[name] * min(1, 0.01 / norm), rtol=1e-5)
+    squares = sum(float(np.square(x, dtype=np.float64).sum()) for x in given.values())
+    assert math.sqrt(squares) == pytest.approx(min(norm, 0.01), rel=1e-5)
+
+
 def test_gradients_within_the_limit_are_left_as_they_are() -> None:
     given, kept_as = drawn(1, 1e-3), drawn(1, 1e-3)
     free, held = drawn(0), drawn(0)

@@ -539,6 +539,39 @@ def test_a_checkpoint_that_has_changed_is_another_one(
     refused(*given, "--layers", "0-4", naming=("another recording (model)",))
 
 
+def test_whatever_a_recording_depends_on_makes_its_parts_those_of_another(
+    sharded_tiny: Path, run: Run, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is changed between an interrupted run and the same command, and which fact differs."""
+    source, config, out = tmp_path / "source", sharded_tiny / "config.json", tmp_path / "out"
+    assert run("record", *GIVEN, "--names", L + "2", "--out", source).code == 0
+    recorded, said = source.read_bytes(), config.read_bytes()
+    given = ("record", "--model", sharded_tiny, *GIVEN[2:], "--layers", "3-4", "--input", source)
+
+    def see(name: str) -> None:
+        if name == L + "4.self_attn.o_proj":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        watch(patched, see)
+        assert run(*given, "--out", out).code == 130
+    state = load_file(source)[L + "2"]
+    for place in ((0, 0), (len(TOKENS) - 1, 63)):
+        other = state.copy()
+        other[place] = np.nextafter(other[place], np.inf)
+        save_file({L + "2": other}, source)
+        refused(*given, "--out", out, naming=("another recording (input)",))
+    refused(*given[:-2], "--out", out, naming=("another recording (input)",))  # none at all
+    source.write_bytes(recorded)
+    raw = json.loads(said)
+    for change in ({"rms_norm_eps": 2e-5}, {"sliding_window": raw["sliding_window"] + 1}):
+        config.write_text(json.dumps(raw | change))
+        refused(*given, "--out", out, naming=("another recording (model)",))
+    config.write_bytes(said)
+    moved = shutil.copy(source, tmp_path / "moved")  # the same numbers are the same input
+    assert "resuming after" in run(*given[:-1], moved, "--out", out).err
+
+
 @pytest.mark.parametrize("kind", ["changed", "truncated", "removed"])
 @pytest.mark.parametrize("which", ["00002.safetensors", "state-00004.safetensors"])
 def test_damaged_parts_are_refused(kind: str, which: str, begun: Path, refused: Refused) -> None:

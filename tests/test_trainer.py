@@ -12,7 +12,7 @@ from minstep.train.bpe import train_tokenizer
 from minstep.train.data import encode_documents, read_corpus
 from minstep.train.log import read_log
 from minstep.train.saved import load_state, save_state
-from minstep.train.trainer import Plan, Training
+from minstep.train.trainer import Plan, Training, initial_tensors
 from minstep.train.workers import Workers, workers
 from minstep.weights import tensor_shapes
 
@@ -89,6 +89,24 @@ def test_other_shapes_train_too(name: str) -> None:
     assert all(
         not np.array_equal(x, before[n]) for n, x in training.tensors.items() if before[n].any()
     )
+
+
+@pytest.mark.parametrize("name", ["tiny", "odd"])
+def test_first_weights_have_the_spread_of_their_inputs_and_depth(name: str) -> None:
+    """1 / inputs is the variance of a projection, over twice the layers where it writes to the
+    residual stream; an embedding has 1, norms and biases are 0."""
+    config = minstep.load_config(minstep.find_config(name))
+    for tensor, x in initial_tensors(config, np.random.default_rng(0)).items():
+        assert x.dtype == np.float32
+        if x.ndim == 1:
+            assert not x.any(), tensor
+            continue
+        is_residual = tensor.endswith(("o_proj.weight", "down_proj.weight"))
+        variance = 1.0 if "embed_tokens" in tensor else 1 / x.shape[-1]
+        variance /= 2 * len(config.layers) if is_residual else 1
+        error = (2 / x.size) ** 0.5  # of a variance that is measured, relatively
+        assert float(np.square(x).mean()) == pytest.approx(variance, rel=6 * error), tensor
+        assert abs(float(x.mean())) < 6 * (variance / x.size) ** 0.5, tensor
 
 
 @pytest.mark.slow
