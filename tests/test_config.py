@@ -44,7 +44,13 @@ def test_the_released_file_loads_as_it_is() -> None:
         assert (spec.moe is not None) == (3 <= n <= 44)
         assert spec.swiglu_limit == {43: 7.0, 44: 7.0}.get(n)
         assert spec.swiglu_limit_shared == {44: 16.0}.get(n)
-    assert RELEASED.layers[3].moe == (288, 8, 1280, 1280, 3.0, True)
+        assert spec.has_gate
+        assert spec.moe in (None, (288, 8, 1280, 1280, 3.0, True))
+        assert spec.moe or spec.mlp_width == 11264
+    assert (RELEASED.hidden_size, RELEASED.vocab_size) == (4096, 128896)
+    assert (RELEASED.rms_norm_eps, RELEASED.bos_token_id) == (1e-5, 0)
+    assert (RELEASED.tie_word_embeddings, RELEASED.torch_dtype) == (False, "bfloat16")
+    assert RELEASED.quantization is None
 
 
 def test_sliding_layers_may_have_groups_of_their_own() -> None:

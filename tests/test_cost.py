@@ -8,7 +8,16 @@ import pytest
 from minstep.config import load_config
 from minstep.configs import find_config
 from minstep.cost.count import FORMS, decoding_pass, stored_bytes
-from minstep.cost.hardware import HARDWARE, LAYER, find_hardware, measure
+from minstep.cost.hardware import (
+    HARDWARE,
+    KEPT,
+    LAYER,
+    MULTIPLIES,
+    READS,
+    ROOM,
+    find_hardware,
+    measure,
+)
 from minstep.cost.prices import API, PLANS, conversation_report, price, turns
 from minstep.cost.roofline import (
     Setup,
@@ -27,6 +36,69 @@ from minstep.files import InputError
 CONFIG = load_config(find_config("step-3.5-flash"))
 H100 = HARDWARE["h100"]
 SETUP = Setup(CONFIG, H100, 8, "bf16", 32_768, (0.8, 0.6, 0.4))
+
+
+# Typed from data sheets, not from the code: GB/s; TFLOP/s of dense bfloat16 and FP8; GB; devices of
+# a node. NVIDIA: with sparsity FP8 of Hopper is 3,958, FP4 of DGX Spark 1,000. Apple; gpuhunter.
+SHEETS = {
+    "h800": ("H800", 3350, 989.4, 3958 / 2, 80, 8),
+    "h100": ("H100", 3350, 989.4, 3958 / 2, 80, 8),
+    "h200": ("H200", 4800, 989.4, 3958 / 2, 141, 8),
+    "h20": ("H20", 4000, 148, 296, 96, 8),
+    "dgx-spark": ("DGX Spark", 273, 1000 / 8, 1000 / 4, 128, 1),
+    "m4-max": ("M4 Max", 546, 34, 34, 128, 1),  # no FP8 unit
+}
+
+
+@pytest.mark.parametrize("name", {*SHEETS, *HARDWARE})
+def test_devices_are_what_their_data_sheets_say(name: str) -> None:
+    label, bandwidth, bf16, fp8, memory, usual = SHEETS[name]
+    device = HARDWARE[name]
+    assert (device.label, device.usual) == (label, usual)
+    figures = (device.bandwidth / 1e9, device.bf16 / 1e12, device.fp8 / 1e12, device.memory / 1e9)
+    assert figures == pytest.approx((bandwidth, bf16, fp8, memory), rel=1e-9)
+
+
+def test_shares_that_are_reached_are_those_of_their_sources() -> None:
+    """FlashMLA's README: 3000 GB/s and 410 TFLOPS on an H800; vLLM's gpu_memory_utilization."""
+    assert pytest.approx(3000 / 3350, abs=0.005) == READS == 0.9
+    assert pytest.approx(410 / 989.4, abs=0.005) == MULTIPLIES == 0.41
+    assert (ROOM, LAYER) == (0.9, 1e-4)
+    assert tokens_per_pass((KEPT,) * 3) == pytest.approx(2.8, abs=0.05) and KEPT == 0.77
+    assert H100.reached == (0.9, 0.41)
+    assert HARDWARE["h20"]._replace(source="measured here").reached == (1, 1)
+
+
+def test_prices_are_those_of_the_price_page() -> None:
+    """CNY per million tokens uncached, cached, out; CNY a month. StepFun's platform, October 2026.
+
+    Its limits, 262,144 tokens in all and 65,536 of an answer, are the longest that is priced.
+    """
+    assert API == (0.7, 0.14, 2.1)
+    assert PLANS == {"Flash Mini": 49, "Flash Plus": 99, "Flash Pro": 199, "Flash Max": 699}
+    assert conversation_report(4, 1, 65_535)["tokens_at_the_end"] == 262_144
+    assert conversation_report(1, 1, 65_536)["output"] == 65_536
+
+
+def test_weights_take_the_bytes_of_their_forms() -> None:
+    """As released: FP8 experts, a float32 scale for 128 x 128. Q4_0: 18 bytes for 32 weights."""
+    routed, others = 190_253_629_440, 199_384_301_376 - 190_253_629_440
+    assert stored_bytes(CONFIG, FORMS["bf16"]) == 2 * (routed + others)
+    assert stored_bytes(CONFIG, FORMS["fp8"]) == routed + 4 * routed / 128**2 + 2 * others
+    assert stored_bytes(CONFIG, FORMS["int4"]) == 18 * (routed + others) / 32
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", HARDWARE)
+def test_a_pass_runs_at_the_rates_of_its_device(name: str, form: str) -> None:
+    _, bandwidth, bf16, fp8, _, _ = SHEETS[name]
+    setup = Setup(CONFIG, HARDWARE[name], 4, form, 4096, (0.5,))
+    cost = decoding_pass(CONFIG, FORMS[form], 4096, 512, 1)
+    reading = cost.bytes / (4 * bandwidth * 1e9)
+    multiplying = cost.flops / (4 * (fp8 if form == "fp8" else bf16) * 1e12)
+    assert seconds(setup, 512) == pytest.approx(max(reading, multiplying))
+    expected = reading / 0.9 + multiplying / 0.41 + 46 * 1e-4
+    assert seconds(setup, 512, is_expected=True) == pytest.approx(expected)
 
 
 def test_tokens_of_a_pass_are_the_mean_of_passes_thrown_by_dice() -> None:

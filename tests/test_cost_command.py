@@ -15,6 +15,7 @@ from minstep.cost.chart import HIGH, LOW, roofline_svg
 from minstep.cost.count import FORMS, decoding_pass
 from minstep.cost.hardware import HARDWARE
 from minstep.cost.report import Wanted, report
+from minstep.cost.roofline import Setup, gpus_for
 from minstep.cost.text import si
 from tests.conftest import Run
 
@@ -41,6 +42,58 @@ def test_all_that_was_asked_for_is_in_the_text(run: Run) -> None:
         assert number in ran.out, number
     for device in HARDWARE.values():
         assert device.label in ran.out
+
+
+# Of the released checkpoint, summed up by hand from the shapes of its 804 tensors. The announced
+# figures are in arXiv 2602.10604, table 6, and in the model card: 196B and 0.81B, 11B active.
+PARAMETERS = {
+    "embedding": 527_958_016,  # 128,896 x 4,096
+    "attention": 12 * 75_759_872 + 33 * 109_445_376,
+    "dense MLPs": 3 * 138_412_032,
+    "router": 42 * 1_179_936,
+    "routed experts": 190_253_629_440,
+    "shared experts": 42 * 15_728_640,
+    "norms": 368_640 + 4_096,
+    "output matrix": 527_958_016,
+    "MTP layers": 3 * 809_390_336,
+}
+TOTALS = {
+    "total": 199_384_301_376,
+    "without_mtp": 196_956_130_368,
+    "main_layers": 195_900_214_336,
+    "one_mtp_layer": 809_390_336,
+    "active": 10_931_407_936,
+    "active_with_output_matrix": 11_459_365_952,
+}
+CACHES = {  # bytes in bfloat16 of full layers, sliding ones, those of drafts, and of 45 full ones
+    4_096: (201_326_592, 69_206_016, 6_291_456, 754_974_720),
+    32_768: (1_610_612_736, 69_206_016, 6_291_456, 6_039_797_760),
+    131_072: (6_442_450_944, 69_206_016, 6_291_456, 24_159_191_040),
+    262_144: (12_884_901_888, 69_206_016, 6_291_456, 48_318_382_080),
+}
+
+
+def test_the_report_of_the_released_model_has_the_numbers_of_its_files(run: Run) -> None:
+    found = told(run)
+    parts = {name: part["parameters"] for name, part in found["parameters"]["parts"].items()}
+    assert parts == PARAMETERS
+    assert {name: found["parameters"][name] for name in TOTALS} == TOTALS
+    caches = {row["context"]: tuple(row["cache"].values()) for row in found["contexts"]}
+    assert caches == CACHES
+    assert [row["texts"] for row in found["batches"]] == [1, 4, 16, 64, 256, 1024]
+    usual = (found["context"], found["batch"], found["latency_ms"], found["acceptance"])
+    assert usual == (32_768, 1, 20, [0.77] * 3)
+    talk = found["conversation"]
+    assert (talk["turns"], talk["input"], talk["output"]) == (20, 515_000, 10_000)
+    assert talk["cny"] == pytest.approx((475_000 * 0.14 + 40_000 * 0.7 + 10_000 * 2.1) / 1e6)
+
+
+def test_devices_for_350_tokens_a_second_are_the_fewest_that_give_them(run: Run) -> None:
+    """The speed that the model card announces at best."""
+    config = load_config(find_config("step-3.5-flash"))
+    for row, device in zip(told(run)["hardware"], ALL, strict=True):
+        setup = Setup(config, device, row["gpus"], row["form"], 32_768, (0.77,) * 3)
+        assert row["gpus_for_350"] == gpus_for(setup, 350), row["label"]
 
 
 @pytest.mark.parametrize("name", NAMES)
