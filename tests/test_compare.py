@@ -125,6 +125,7 @@ def test_a_row_is_held_against_its_own_length() -> None:
     assert departing("model.layers.3", a, b, 0.03).tolist() == [False] * 4 + [True, False]
     assert not departing("model.layers.3", a, b, 0.04).any()
     assert row_errors("model.layers.3.self_attn.q_proj", a, b) is None
+    assert row_errors("model.layers.3", a[:, :32], b[:, :32]) is not None
     assert row_errors("model.layers.3", a[:, :31], b[:, :31]) is None  # too narrow to say much
     assert row_errors("model.layers.3", a[:0], b[:0]) is None
 

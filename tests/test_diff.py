@@ -19,6 +19,7 @@ from minstep.lab.facts import metadata
 from minstep.lab.pairs import compare_all, tolerance_of
 from minstep.lab.recording import Recording
 from minstep.lab.trace import Trace, record, save_trace
+from minstep.tap import Array
 from tests.conftest import Ran, Refused, Run
 from tests.recordings import as_transformers, as_vllm, layers_of, rounded, save
 from tests.test_golden import GOLDEN, WEIGHTS, meta
@@ -459,20 +460,32 @@ def test_mtp_layers_may_have_more_rows_and_logits_only_the_last(trace: Trace) ->
     assert (first.name, first.first.place) == ("lm_head", (len(TOKENS) - 1, 3))
 
 
-def test_a_tensor_that_is_short_of_rows_departs_whichever_has_more(trace: Trace) -> None:
-    mtp = tuple(f"{at}." for at in layers_of(trace, "eh_proj"))
-    main = {name: x for name, x in trace.items() if not f"{name}.".startswith(mtp)}
-    for rows in (0, 1, len(TOKENS) - 1):
-        less = {
-            n: x[:, :rows, :rows] if x.ndim == 3 and n.endswith(".probs") else x[:rows]
-            for n, x in main.items()
-        }
-        ours, short = Recording("ours", main, TOKENS), Recording("theirs", less, TOKENS)
+@pytest.mark.parametrize("knows", ["tokens", "rows"])
+def test_a_tensor_that_is_short_of_rows_departs_whichever_has_more(
+    knows: str, trace: Trace
+) -> None:
+    """Depth k has k rows less than the prompt, and no fewer."""
+    tokens = TOKENS if knows == "tokens" else None
+    depths = {at: k for k, at in enumerate(layers_of(trace, "eh_proj"), start=1)}
+
+    def cut(name: str, rows: int) -> Array:
+        x = trace[name]
+        return x[:, :rows, :rows] if name.endswith(".probs") else x[:rows]
+
+    for missing in (len(TOKENS), len(TOKENS) - 1, 5, 1):
+        less = dict[str, Array]()
+        for name in trace:
+            depth = next((k for at, k in depths.items() if f"{name}.".startswith(f"{at}.")), 0)
+            less[name] = cut(name, max(0, len(TOKENS) - depth - missing))
+        if knows == "rows":
+            less["model.embed_tokens"] = trace["model.embed_tokens"]
+        ours, short = Recording("ours", trace, tokens), Recording("theirs", less, tokens)
         for pair in ((ours, short), (short, ours)):
             found = diff(*pair).rows
-            assert [row.name for row in found] == list(main)
-            same = [row.name for row in found if row.is_match or "shape " not in row.note]
-            assert same == (["lm_head"] if rows == 1 else [])  # logits of one token are the last's
+            assert [row.name for row in found] == list(trace)
+            same = {row.name for row in found if row.is_match or "shape " not in row.note}
+            one = {"lm_head"} if missing == len(TOKENS) - 1 else set()  # the last token's logits
+            assert same == one | ({"model.embed_tokens"} if knows == "rows" else set())
 
 
 @pytest.mark.parametrize("side", ["ours", "theirs"])

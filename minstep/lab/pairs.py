@@ -130,16 +130,17 @@ def compare_all(
 ) -> Iterator[Comparison]:
     """Compare tensors of one forward pass that both can give, one pair in memory at a time.
 
-    `names` in the model's order; `mtp`: numbers of the MTP layers, whose rows past the shorter
-    recording's end do not count. `judge`: what is known of the experts of a layer, by its number
-    and tolerance. Where a tie between experts fell otherwise, the token's row is left out of what
-    follows in its layer, and so is a row that departs where nobody recorded its experts; after that
-    layer every row from that token on. With `grows` the tolerance is for one layer, and what n
-    layers compute has sqrt(n) of it: rounding errors that do not know of each other add up like
-    that. What is not finite in theirs departs.
+    `names` in the model's order; `mtp`: numbers of the MTP layers, which may have more rows than
+    their depth leaves of the prompt: those that only one recording has do not count. `judge`: what
+    is known of the experts of a layer, by its number and tolerance. Where a tie between experts
+    fell otherwise, the token's row is left out of what follows in its layer, and so is a row that
+    departs where nobody recorded its experts; after that layer every row from that token on. With
+    `grows` the tolerance is for one layer, and what n layers compute has sqrt(n) of it: rounding
+    errors that do not know of each other add up like that. What is not finite in theirs departs.
     """
     one, passed = tolerance, 1  # layers
     layer, ties = None, _Ties()
+    depths = {n: n - min(mtp) + 1 for n in mtp}
     for name in names:
         at, part = split(name)
         if at != layer:
@@ -154,7 +155,9 @@ def compare_all(
             nan = Comparison(name, a.shape, np.inf, np.inf, 0.0, None, False, tolerance)
             yield nan._replace(note=error.what)
             continue
-        a, b = _common_rows(name, a, b, at in mtp)
+        depth = None if at is None else depths.get(at)
+        least = None if depth is None else max(1, (theirs.rows or ours.rows or 0) - depth)
+        a, b = _common_rows(name, a, b, least)
         same = fitted(b, a.shape)
         if same is None or is_weight(name) or not a.ndim:
             yield compare(name, a, b, tolerance)
@@ -211,14 +214,17 @@ def _compare_choice(
     return c._replace(first=First((t, n), int(a[t, n]), int(b[t, n])), note=note)
 
 
-def _common_rows(name: str, a: Array, b: Array, is_mtp: bool) -> tuple[Array, Array]:
-    """Both without rows that only one has: the last of an MTP layer, all but the last of logits."""
+def _common_rows(name: str, a: Array, b: Array, least: int | None) -> tuple[Array, Array]:
+    """Both without rows that only one has: the last of an MTP layer, all but the last of logits.
+
+    `least`: the rows that an MTP layer must have in both; None in a main layer.
+    """
     if not a.ndim or not b.ndim or is_weight(name):
         return a, b
     if name == "lm_head" and 1 in (len(a), len(b)):  # engines that only want the next token
         return a[-1:], b[-1:]
-    if is_mtp and name.endswith(".probs") and a.ndim == b.ndim == 3:
-        rows = min(a.shape[2], b.shape[2])
-        return a[:, :rows, :rows], b[:, :rows, :rows]
-    rows = min(len(a), len(b))
-    return (a[:rows], b[:rows]) if is_mtp else (a, b)
+    are_probs = name.endswith(".probs") and a.ndim == b.ndim == 3
+    rows = min(a.shape[2], b.shape[2]) if are_probs else min(len(a), len(b))
+    if least is None or rows < least:
+        return a, b
+    return (a[:, :rows, :rows], b[:, :rows, :rows]) if are_probs else (a[:rows], b[:rows])
