@@ -116,6 +116,15 @@ def test_overlapping_tensors_are_refused(single: Path, refused: Refused) -> None
     refused("inspect", single, naming=(SINGLE, "offset"))
 
 
+def test_a_long_header_is_no_fault(single: Path, run: Run) -> None:
+    """Of a model of real size it has megabytes; spaces at its end are allowed."""
+    raw = (single / SINGLE).read_bytes()
+    length, spaces = int.from_bytes(raw[:8], "little"), b" " * 8_000_000
+    begin = (length + len(spaces)).to_bytes(8, "little") + raw[8 : 8 + length]
+    (single / SINGLE).write_bytes(begin + spaces + raw[8 + length :])
+    assert run("inspect", single, "--json").code == 0
+
+
 @pytest.mark.parametrize("where", ["beside", "below"])
 @pytest.mark.parametrize("form", ["relative", "absolute", "nested", "through", "backslash"])
 def test_an_index_leads_to_no_file_outside_its_folder(

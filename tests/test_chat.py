@@ -441,6 +441,12 @@ TYPED: list[tuple[str, Any, Any]] = [
     ('{"a": 1}', {"$ref": "#/$defs/Place"}, {"a": 1}),
     ('{"a": 1}', {"anyOf": [{"$ref": "#/$defs/Place"}, {"type": "null"}]}, {"a": 1}),
     ("5", {"$ref": "#/$defs/Loop"}, "5"),
+    ("5", {"$ref": "#/$defs/a~1b"}, 5),
+    ("5", {"$ref": "#/$defs/a~0b"}, 5),
+    ("5", {"$ref": "#/$defs/~01"}, 5),
+    ("5.0", {"type": ["integer", "number"]}, 5.0),
+    ("1", {"type": ["boolean", "string"]}, "1"),
+    ("[null]", {"enum": [[None], 3]}, [None]),
     ("5", {"$ref": "#/nowhere/at/all"}, "5"),
     ("5", {"$ref": "https://example.org/schema"}, "5"),
     ("5", {"type": "date"}, "5"),
@@ -454,7 +460,8 @@ TYPED: list[tuple[str, Any, Any]] = [
 def test_a_value_gets_a_type_of_its_schema_or_stays_text(
     text: str, schema: Any, expected: Any
 ) -> None:
-    definitions = {"Place": {"type": "object"}, "Loop": {"$ref": "#/$defs/Loop"}}
+    definitions: dict[str, Any] = {"Place": {"type": "object"}, "Loop": {"$ref": "#/$defs/Loop"}}
+    definitions |= dict.fromkeys(("a/b", "a~b", "~1"), {"type": "integer"})  # RFC 6901's escapes
     got = typed(text, schema, {"$defs": definitions})
     assert (got, type(got)) == (expected, type(expected))
 

@@ -122,6 +122,8 @@ def test_a_row_is_held_against_its_own_length() -> None:
     for part in (".self_attn.o_proj", ".moe", ".share_expert", ".mlp", ""):
         errors = row_errors(f"model.layers.3{part}", a, b)
         assert errors is not None and errors == pytest.approx([0, 0, 0, 0, 0.07, 0])
+        for size in (1e-30, 1e-6, 1e6):
+            assert row_errors(f"model.layers.3{part}", a * size, b * size) == pytest.approx(errors)
     assert departing("model.layers.3", a, b, 0.03).tolist() == [False] * 4 + [True, False]
     assert not departing("model.layers.3", a, b, 0.04).any()
     assert row_errors("model.layers.3.self_attn.q_proj", a, b) is None

@@ -86,6 +86,11 @@ def test_the_text_models_config_says_what_the_hubs_says_but_for_mtp_layers() -> 
     assert read(TEXT) == tiny._replace(mtp_layers=())
 
 
+def test_the_token_that_begins_a_text_is_kept_and_is_0_where_none_is_named() -> None:
+    for named, expected in ((7, 7), (0, 0), (None, 0), (..., 0)):
+        assert read(changed("bos_token_id", to=named)).bos_token_id == expected
+
+
 def test_the_config_of_the_model_with_vision_nests_the_text() -> None:
     text = {key: TEXT[key] for key in TEXT if key != "dtype"}
     full = {"model_type": "step3p7", "dtype": "bfloat16", "text_config": text, "vision_config": {}}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minstep.sampling import GREEDY, Sampling, distribution, draw, log_probabilities
+from minstep.sampling import GREEDY, Sampling, distribution, draw, log_probabilities, verify
 from minstep.tap import Array
 
 V = 40
@@ -215,6 +215,15 @@ def test_no_number_draws_a_token_without_a_chance(number: float) -> None:
     for probs in ([0, 0.5, 0, 0.5, 0], [0, 1, 0], [0, 0, 0.1, 0.2, 0.3, 0.4, 0], [1 / 3] * 3):
         assert probs[draw(np.array(probs), Fixed(number))] > 0
     assert draw(np.array([0.5, 0.5]), Fixed(number)) == int(number >= 0.5)
+
+
+@pytest.mark.parametrize("number", [0.0, np.nextafter(1, 0)])
+def test_no_number_keeps_a_draft_without_a_chance_or_refuses_a_sure_one(number: float) -> None:
+    x = np.array([[-np.inf, 3.0, -np.inf, 2.0], [0.0, 1.0, -np.inf, 2.0]])
+    even, sure = np.full(4, 0.25), np.array([0, 0.1, 0.9, 0])
+    for draft, q, kept in ((0, even, 0), (2, even, 0), (2, sure, 0), (1, sure, 1)):
+        count, token = verify([draft], [q], x, [], Sampling(1.0), Fixed(number))
+        assert count == kept and x[kept, token] > -np.inf
 
 
 @pytest.mark.parametrize(
