@@ -88,6 +88,18 @@ def test_the_report_of_the_released_model_has_the_numbers_of_its_files(run: Run)
     assert talk["cny"] == pytest.approx((475_000 * 0.14 + 40_000 * 0.7 + 10_000 * 2.1) / 1e6)
 
 
+def test_a_cost_that_is_off_by_a_fifth_is_explained(run: Run) -> None:
+    """Each line of the table that tells a cause is such a line, and each such line tells one."""
+    lines = [line.split() for line in run("cost").out.splitlines() if re.search(r" [+-]\d+%", line)]
+    assert len(lines) == 6
+    for words in lines:
+        place = next(n for n, word in enumerate(words) if re.fullmatch(r"[+-]\d+%", word))
+        found, published = map(float, words[place - 2 : place])
+        is_far = abs(int(words[place].rstrip("%"))) > 20
+        assert is_far == (len(words) > place + 1), words
+        assert found / published == pytest.approx(1 + int(words[place][:-1]) / 100, abs=0.06)
+
+
 def test_devices_for_350_tokens_a_second_are_the_fewest_that_give_them(run: Run) -> None:
     """The speed that the model card announces at best."""
     config = load_config(find_config("step-3.5-flash"))
