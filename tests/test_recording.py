@@ -168,6 +168,27 @@ def test_two_recordings_with_the_same_fused_tensor_compare_it_whole(
     assert f"{L3}.moe.unscaled" in common and f"{L3}.moe" not in common
 
 
+def test_a_beginning_is_what_would_be_recorded_of_it_alone(trace: Trace) -> None:
+    depths = {int(at.split(".")[-1]): k for k, at in enumerate(layers_of(trace, "eh_proj"), 1)}
+    for end in (1, 3, len(TOKENS)):
+        alone = record(TOKENS[:end], WEIGHTS[FOLDER], CONFIG)
+        for form in (trace, {name: x[None] for name, x in trace.items()}):
+            found = Recording("ours", form, TOKENS).beginning(end, depths)
+            assert (found.tokens, found.rows, found.names) == (TOKENS[:end], end, [*alone])
+            for name, x in alone.items():
+                assert found.shape(name) == x.shape, name
+                np.testing.assert_allclose(found.array(name), x, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("first", ["lm_head", f"{L3}.eh_proj", f"{L3}.self_attn.probs", "odd"])
+def test_the_prompt_is_as_long_as_the_states_of_a_main_layer(first: str) -> None:
+    """Logits may be of one token, an MTP layer has fewer rows or more, whichever comes first."""
+    other = np.zeros((1, 1, 64) if first.endswith("probs") else (1, 64), np.float32)
+    for state in (np.zeros((7, 64), np.float32), np.zeros((1, 7, 64), np.float32)):
+        there = Recording("theirs", {first: other, f"{L3}.enorm": other, "layers.0": state})
+        assert there.rows == 7 and Recording("theirs", {first: other}).rows is None
+
+
 def test_weights_are_mapped_too(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     gate, up, down = (rng.standard_normal((4, 6, 5)).astype(np.float32) for _ in range(3))
