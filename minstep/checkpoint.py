@@ -16,18 +16,17 @@ import numpy as np
 from minstep.bf16 import BF16Array
 from minstep.config import Config, load_config
 from minstep.configs import shipped_folder
-from minstep.files import InputError
+from minstep.files import InputError, shown
 from minstep.fp8 import FP8Array
-from minstep.header import Tensor, read_header
+from minstep.header import Header, Tensor, open_header
 from minstep.keys import read_json
 from minstep.linear import Weight, as_float
 from minstep.model import ModelWeights
 from minstep.native import halves, hub_name
-from minstep.pages import Map, Pages
+from minstep.pages import SMALL, Map, Pages
 from minstep.weights import SCALES, Shape, assemble, blocks, tensor_shapes
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-SMALL = 1 << 18  # elements of a tensor that is converted at once: 1 MB of float32
 HUB_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 NUMPY = {"F32": "<f4", "BF16": "<u2", "F8_E4M3": "u1"}  # how the bits are viewed
 
@@ -47,12 +46,17 @@ class Checkpoint(NamedTuple):
     damaged: dict[Path, str]
 
     def get(self, name: str, shape: Shape) -> Weight:
-        """The tensor to compute with: as `stored`, but of at most SMALL elements always float32.
+        """The tensor to compute with: as `stored`, but of at most SMALL elements a float32 copy.
 
-        Converting a small one would cost more than each product with it. Raises as `stored` does.
+        Converting a small one would cost more than each product with it, and so would looking
+        whether its file is still whole. Raises as `stored` does.
         """
         weight = self.stored(name, shape)
-        return as_float(weight, np.float32) if math.prod(shape) <= SMALL else weight
+        if math.prod(shape) > SMALL:
+            return weight
+        copied = np.array(weight, np.float32)
+        copied.flags.writeable = False
+        return copied
 
     def stored(self, name: str, shape: Shape) -> Weight:
         """The tensor as a read-only view of its map: float32 or stored array; nothing is read.
@@ -162,7 +166,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     if not path.is_dir():
         raise InputError(f"{path}: is not a folder, expected a checkpoint in hub layout")
     config = load_config(path)
-    files: dict[Path, dict[str, Tensor]] = {}
+    files: dict[Path, Header] = {}
     damaged: dict[Path, str] = {}
     found: dict[str, Tensor | Path] = {}  # where a tensor lies, or the file that is not there
     if (path / INDEX).exists():
@@ -170,15 +174,15 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             file = path / shard
             if file not in files and file not in damaged and file.is_file():
                 try:
-                    files[file] = read_header(file)
+                    files[file] = open_header(file)
                 except InputError as error:
                     damaged[file] = str(error)
-            if file in files and name not in files[file]:
-                raise InputError(f"{file}: tensor {name} is missing, expected by {INDEX}")
-            found[name] = files[file][name] if file in files else file
+            if file in files and name not in files[file].tensors:
+                raise InputError(f"{file}: tensor {shown(name)} is missing, expected by {INDEX}")
+            found[name] = files[file].tensors[name] if file in files else file
     elif (path / SINGLE).exists():
-        found |= read_header(path / SINGLE)
-        files[path / SINGLE] = {}
+        files[path / SINGLE] = open_header(path / SINGLE)
+        found |= files[path / SINGLE].tensors
     elif path.resolve().parent == shipped_folder():
         made = f"minstep make-tiny {path.name} --out DIR makes some"
         raise InputError(f"{path.name}: is a configuration that holds no weights; {made}")
@@ -194,7 +198,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     if mtp and not any(name.startswith(mtp) for name in found):
         config = config._replace(mtp_layers=())
     pages = Pages()
-    maps = {file: pages.map(file) for file in files}
+    maps = {file: pages.map(file, header) for file, header in files.items()}
     return Checkpoint(path, config, tensors, maps, absent, damaged)
 
 
@@ -205,12 +209,13 @@ def _hub_named(found: dict[str, Tensor | Path], path: Path) -> dict[str, Tensor 
         pair = halves(name)
         for half, hub in enumerate(pair or (hub_name(name),)):
             if hub in named:
-                raise InputError(f"{path}: tensor {name} is {hub}, which is there twice")
+                both = f"{shown(name)} is {shown(hub)}"
+                raise InputError(f"{path}: tensor {both}, which is there twice")
             named[hub] = place
             if pair and isinstance(place, Tensor):
                 if len(place.shape) != 3 or place.shape[1] % 2:
                     message = f"has shape {list(place.shape)}, expected [experts, 2 * width, size]"
-                    raise InputError(f"{place.file}: tensor {name} {message}")
+                    raise InputError(f"{place.file}: tensor {shown(name)} {message}")
                 E, rows, D = place.shape
                 named[hub] = place._replace(shape=(E, rows // 2, D), half=half)
     return named
@@ -223,6 +228,6 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise InputError(f"{index}: weight_map is missing, expected tensor names and their files")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or shard in ("", "..") or shard != Path(shard).name:
-            message = f"is {shard!r}, expected the name of a file beside the index"
-            raise InputError(f"{index}: weight_map: {name} {message}")
+            message = f"is {shard!r:.80}, expected the name of a file beside the index"
+            raise InputError(f"{index}: weight_map: {shown(name)} {message}")
     return weight_map

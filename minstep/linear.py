@@ -5,7 +5,7 @@ from typing import Any, Protocol, TypeGuard
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from minstep.pages import used
+from minstep.pages import SMALL, check, used
 from minstep.parallel import LARGE, each, scratch
 from minstep.tap import Array
 
@@ -45,6 +45,8 @@ def linear(x: Array, weight: Weight) -> Array:
     """
     outputs, inputs = weight.shape[-2:]
     count, size = x.size // inputs, outputs * inputs
+    if size > SMALL:
+        check(weight)
     is_small = size * (1 + count // 16) < LARGE  # sixteen rows cost as much as reading the weight
     is_whole = is_small or len(weight.shape) > 2 or not isinstance(weight, np.ndarray)
     if is_whole and is_ready(weight, x.dtype):

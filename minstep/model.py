@@ -14,6 +14,7 @@ from minstep.linear import Weight, as_float, linear
 from minstep.mlp import MLPWeights, swiglu
 from minstep.moe import MoEWeights, moe
 from minstep.norm import rms_norm
+from minstep.pages import check
 from minstep.rope import Rotation, rotation
 from minstep.tap import Array, Tap, silent
 
@@ -62,6 +63,7 @@ def embed(tokens: Sequence[int], embed_tokens: Weight, dtype: DTypeLike) -> Arra
     if ids.size and not 0 <= ids.min() <= ids.max() < V:
         bad = ids[(ids < 0) | (ids >= V)][0]  # NumPy would take a negative id from the end
         raise InputError(f"token id {bad} is out of range, expected 0 to {V - 1}")
+    check(embed_tokens)
     return as_float(embed_tokens[ids.astype(np.intp)], dtype)  # [T, D]
 
 

@@ -11,7 +11,7 @@ from minstep.activations import sigmoid
 from minstep.config import MoESpec
 from minstep.linear import Weight, as_float, linear
 from minstep.mlp import MLPWeights, swiglu
-from minstep.pages import reads_disk, will_need
+from minstep.pages import check, reads_disk, will_need
 from minstep.parallel import LARGE, each, scratch
 from minstep.tap import Array, Tap, silent
 
@@ -72,6 +72,7 @@ def experts(x: Array, weights: MoEWeights, choice: Choice, limit: float | None) 
     T, A = choice.ids.shape
     flat = choice.ids.ravel()  # [T*A]
     slots = x[np.repeat(np.arange(T), A)]  # [T*A, D]
+    check(weights.gate_proj)
     stacks, size = weights[2:], math.prod(weights.gate_proj.shape[1:])
     are_ready = all(isinstance(w, np.ndarray) and w.dtype == x.dtype for w in stacks)
     run = at_once if are_ready and T * A * size <= FEW else one_by_one

@@ -3,18 +3,26 @@
 A mapped weight costs memory once it is read: the process counts every page that it has touched. The
 pages are clean, so letting go of them loses nothing; what the system still has in its cache comes
 back without the disk.
+
+A file that somebody cuts while it is mapped loses pages: touching one of them ends the process with
+a bus error, which Python cannot catch. So small tensors are copied at once, and the size of a file
+is looked at before each product with a mapped weight, which costs microseconds. A file cut during a
+product still ends the process.
 Checked by: tests/test_pages.py
 """
 
 import mmap
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minstep.files import resource
+from minstep.files import InputError, open_file, os_reason, resource
+from minstep.header import Header, identity
 
 LIMIT = 1 << 30  # bytes of maps that stay resident: 1 GB, about three layers at one token
+SMALL = 1 << 18  # elements of a tensor that is copied, 1 MB of float32: larger ones stay mapped
 OFTEN = LIMIT // 8  # bytes touched between two looks at how much is resident
 STATM = Path("/proc/self/statm")  # on Linux: sizes of this process in pages, mapped files third
 HAS_STATM = STATM.exists()
@@ -31,11 +39,20 @@ class Pages:
         self.asks = True  # whether weights are asked for ahead of use
         self.read: int | None = None  # blocks this process had read from disk at the last request
 
-    def map(self, file: Path) -> "Map":
-        """The whole file, mapped read-only; pages are read when touched."""
-        with file.open("rb") as opened:
-            mapped = Map(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        mapped.pages = self
+    def map(self, file: Path, header: Header | None = None) -> "Map":
+        """The whole file, mapped read-only; pages are read when touched.
+
+        Raises InputError where it cannot be, and where it is not the file that had this header.
+        """
+        with open_file(file) as opened:
+            status = os.fstat(opened.fileno())
+            if header is not None and identity(status) != header.identity:
+                raise InputError(f"{file}: was changed while it was opened, expected it to stay")
+            try:
+                mapped = Map(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:  # an empty file is a ValueError
+                raise InputError(f"{file}: cannot be mapped: {os_reason(error)}") from error
+        mapped.pages, mapped.file = self, file
         mapped.address = np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
         self.maps.append(mapped)
         return mapped
@@ -45,7 +62,22 @@ class Map(mmap.mmap):
     """One mapped file, which knows where it begins in memory and what it belongs to."""
 
     pages: Pages
+    file: Path
     address: int
+
+    def check(self) -> None:
+        """Raise InputError where the file has become shorter since it was mapped."""
+        size = self.size()
+        if size < len(self):
+            message = f"has {size} bytes, expected {len(self)}: it was cut while it was in use"
+            raise InputError(f"{self.file}: {message}")
+
+
+def check(weight: Any) -> None:
+    """Raise InputError where the mapped file of a weight, any array, has become shorter."""
+    place = _place(weight)
+    if place is not None:
+        place[0].check()
 
 
 def used(weight: Any) -> None:

@@ -179,10 +179,13 @@ def test_small_tensors_are_converted_when_all_are_put_in_place(
     assert np.array_equal(norm, np.asarray(checkpoint.stored("model.norm.weight", (64,))))
 
 
-def test_weights_are_views_that_cannot_be_written() -> None:
+@pytest.mark.parametrize("small", [0, 1 << 18], ids=["mapped", "copied"])
+def test_no_weight_can_be_written(monkeypatch: pytest.MonkeyPatch, small: int) -> None:
+    monkeypatch.setattr("minstep.checkpoint.SMALL", small)
     weights = open_checkpoint(GOLDEN / "odd" / "fp32").weights()
-    assert isinstance(weights.lm_head, np.ndarray)
-    assert not weights.lm_head.flags.writeable and not weights.lm_head.flags.owndata
+    assert isinstance(weights.lm_head, np.ndarray) and isinstance(weights.norm, np.ndarray)
+    for weight in (weights.lm_head, weights.norm):
+        assert not weight.flags.writeable and weight.flags.owndata == bool(small)
 
 
 def wide(folder: Path, experts: tuple[int, ...]) -> Path:

@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 
 import minstep
 from minstep import attention
-from minstep.checkpoint import SMALL
 from minstep.lab.trace import Recorder, Trace, record
+from minstep.pages import SMALL
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = sorted(path.parent for path in GOLDEN.glob("*/*/config.json"))

@@ -1,6 +1,7 @@
 """Mapped weights: what is asked for ahead, what is let go of, and how much stays resident."""
 
 import mmap
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,16 @@ import pytest
 from minstep import moe as moe_module
 from minstep import pages as module
 from minstep.bf16 import BF16Array
+from minstep.checkpoint import open_checkpoint
+from minstep.config import parse_config
+from minstep.configs import find_config
+from minstep.files import InputError
+from minstep.keys import read_json
 from minstep.linear import linear
+from minstep.model import decoder, embed, run_layers
 from minstep.moe import Choice, MoEWeights, experts
 from minstep.pages import Map, Pages, reads_disk, used, will_need
+from minstep.save import Form, save_random
 
 MB = 1 << 20
 STATM = Path("/proc/self/statm")
@@ -149,3 +157,47 @@ def test_a_product_says_what_it_used(mapped: Map, monkeypatch: pytest.MonkeyPatc
     bits = np.frombuffer(mapped, np.uint16)[: 1 << 22].reshape(2048, 2048)
     linear(np.zeros((1, 2048), np.float32), BF16Array(bits))
     assert mapped.pages.touched == bits.nbytes
+
+
+def test_a_weight_whose_file_was_cut_is_refused_and_not_touched(mapped: Map) -> None:
+    """Else this test ends with a bus error, and all others with it."""
+    bits = np.frombuffer(mapped, np.uint16)[: 1 << 22].reshape(2048, 2048)
+    stacks = [
+        BF16Array(bits.reshape(-1)[: 1 << 19].reshape(64, *s)) for s in ((128, 64), (64, 128))
+    ]
+    moe = MoEWeights(np.zeros((64, 64)), None, stacks[0], stacks[0], stacks[1])
+    one = Choice(np.array([[1]]), np.ones((1, 1), np.float32))
+    os.truncate(mapped.file, 4096)
+    x = np.zeros((1, 2048), np.float32)
+    for use in (
+        lambda: linear(x, BF16Array(bits)),
+        lambda: linear(x, bits.view(np.float32).reshape(1024, 2048)),
+        lambda: embed([5], BF16Array(bits), np.float32),
+        lambda: experts(x[:, :64], moe, one, None),
+    ):
+        with pytest.raises(InputError, match="file: has 4096 bytes, expected .* it was cut"):
+            use()
+
+
+@pytest.mark.parametrize("size", [64, 4200], ids=["copied", "mapped"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_whose_files_were_cut_answers_or_names_one(
+    dtype: str, size: int, tmp_path: Path
+) -> None:
+    """Every large tensor is looked at before it is used; small ones are in memory."""
+    raw = read_json(find_config("tiny") / "config.json") | {"vocab_size": size}
+    raw |= {"moe_intermediate_size": size // 14, "torch_dtype": dtype}
+    config = parse_config(raw)
+    save_random(raw, config, np.random.default_rng(0), tmp_path / "out", Form(dtype, 2))
+    weights = open_checkpoint(tmp_path / "out").weights()
+    state = decoder([1, 2, 3], weights, config)
+    for file in sorted((tmp_path / "out").glob("*.safetensors")):
+        os.truncate(file, 0)
+    if size == 64:
+        assert np.array_equal(decoder([1, 2, 3], weights, config), state)
+        return
+    with pytest.raises(InputError, match=r"model-0000.*has 0 bytes, expected .* it was cut"):
+        decoder([1, 2, 3], weights, config)
+    for layer in (n for n, spec in enumerate(config.layers) if spec.moe):
+        with pytest.raises(InputError, match="it was cut"):
+            run_layers(state, weights.layers[layer:][:1], config.layers[layer:][:1], 0, 1e-5)

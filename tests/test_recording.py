@@ -283,7 +283,7 @@ def test_bad_metadata_is_refused(
 def test_metadata_that_is_not_texts_by_name_is_refused(tmp_path: Path, metadata: Any) -> None:
     text = json.dumps({"__metadata__": metadata}).encode()
     (tmp_path / "a").write_bytes(len(text).to_bytes(8, "little") + text)
-    with pytest.raises(InputError, match="a: __metadata__ holds .* expected"):
+    with pytest.raises(InputError, match="a: header is malformed: __metadata__.* expected"):
         open_recording(tmp_path / "a")
 
 

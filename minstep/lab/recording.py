@@ -156,6 +156,8 @@ class Recording:
 
     def _read(self, name: str, term: Term) -> Array:
         """A copy of what a term takes, scaled."""
+        if self._mapped is not None:
+            self._mapped.check()
         stored = self._part(name, term)
         is_short = isinstance(stored, BF16Array) or stored.dtype == np.float16
         x = np.array(stored, dtype=np.float32 if is_short else None)
