@@ -7,8 +7,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 
-from minstep.files import InputError
 from minstep.reply import END_THINK, THINK, unfinished
+from minstep.tokenizer_file import contained, read_tokenizer
 from minstep.toolcalls import CALL, END_CALL
 
 # Special tokens stand at both ends of the real vocabulary, with ordinary ones between.
@@ -26,20 +26,18 @@ BYTE_OF = dict(zip(ALPHABET, [*PRINTED, *sorted({*range(256)} - {*PRINTED})], st
 def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer beside a checkpoint, None where there is none.
 
-    Raises InputError when tokenizer.json is there but cannot be understood.
+    Raises InputError when tokenizer.json is there but cannot be understood, or could do harm.
     """
     file = folder / "tokenizer.json"
-    if not file.exists():
-        return None
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the package raises nothing more precise
-        raise InputError(f"{file}: is not a tokenizer: {error}") from error
+    return read_tokenizer(file) if file.exists() else None
 
 
 def text_of(tokenizer: Tokenizer | None, token: int) -> str | None:
     """What one token says; None where it is no whole character, or there is no tokenizer."""
-    text = tokenizer.decode([token], skip_special_tokens=False) if tokenizer else ""
+    if tokenizer is None:
+        return None
+    with contained(f"token {token} cannot be decoded"):
+        text: str = tokenizer.decode([token], skip_special_tokens=False)
     return text if text and BROKEN not in text else None
 
 
@@ -62,11 +60,9 @@ def encode(tokenizer: Tokenizer, text: str, is_rendered: bool = False) -> list[i
 
     Raises InputError for what the tokenizer cannot take.
     """
-    try:
-        text.encode()  # else the package says something of a type
+    with contained(f"the prompt {text[:80]!r} cannot be encoded"):
+        text.encode()  # else the package says of a lone surrogate something of a type
         return list(tokenizer.encode(text, add_special_tokens=not is_rendered).ids)
-    except Exception as error:  # such as a lone surrogate, from bytes that are no UTF-8
-        raise InputError(f"the prompt {text!r:.80} cannot be encoded: {error}") from error
 
 
 class StreamingText:
@@ -114,11 +110,12 @@ class StreamingText:
     def _decode(self, token: int) -> str:
         """The characters that `token` completes."""
         if self._stream:
-            try:
-                text = self._stream.step(self._tokenizer, token)
-            except Exception:  # behind broken bytes it may decode what it gave out another way
-                self._stream = DecodeStream(skip_special_tokens=False)
-                text = self._stream.step(self._tokenizer, token)
+            with contained(f"token {token} cannot be decoded"):
+                try:
+                    text = self._stream.step(self._tokenizer, token)
+                except Exception:  # behind broken bytes it may decode what it gave out another way
+                    self._stream = DecodeStream(skip_special_tokens=False)
+                    text = self._stream.step(self._tokenizer, token)
             return (text or "").replace(BROKEN, "")
         letters = self._tokenizer.id_to_token(token) or ""  # a model has more rows than tokens
         is_written = token not in self._added and BYTE_OF.keys() >= {*letters}
