@@ -16,7 +16,7 @@ import numpy as np
 
 from minstep.arguments import at_least, path, seed
 from minstep.book.lessons import EXERCISES, PLANT
-from minstep.files import InputError, atomic_folder
+from minstep.files import InputError, atomic_folder, printable
 from minstep.lab.copies import Find, copies, source
 from minstep.lab.footguns import ALL, EVERY, is_plantable, planted
 from minstep.terminal import print_text, wrote
@@ -116,9 +116,10 @@ def run_exercise(args: Namespace) -> None:
     with atomic_folder(out) as folder:
         write(number, files, folder)
     wrote(out)
+    place = printable(str(out))
     print_text(
-        f"{out}: {', '.join(map(file_of, files))}, a README and the checks",
-        f"now: pytest -m {mark(number)} {shlex.quote(str(out))}",
+        f"{place}: {', '.join(map(file_of, files))}, a README and the checks",
+        f"now: pytest -m {mark(number)} {shlex.quote(place)}",
     )
 
 

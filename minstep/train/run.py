@@ -5,7 +5,7 @@ import math
 import signal
 import threading
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,10 +51,11 @@ def run_train(args: Namespace) -> None:
     raw, config, _ = read_config(args.config)
     plan = Plan(**{name: getattr(args, name) for name in Plan._fields})
     _check(plan, config)
+    shares = math.ceil(plan.sequences / SHARE)
     with owned_folder(args.out):
         run = _prepared(args, plan, raw, config)
-        with workers(min(args.processes, math.ceil(plan.sequences / SHARE))) as pool:
-            run.go(pool)
+        with _asked_to_stop() as asked, workers(min(args.processes, shares)) as pool:
+            run.go(pool, asked)
 
 
 def _prepared(args: Namespace, plan: Plan, raw: dict[str, Any], config: Config) -> "Run":
@@ -131,11 +132,13 @@ class Run:
         self.head = [*self._title(), header(len(training.config.mtp_layers))]  # of the log
         self.loads: dict[str, Array] = {}  # of the experts, between the last two rows
 
-    def go(self, pool: Workers) -> None:
-        """Train to the last step. Ctrl-C ends the step under way, saves, and is raised again."""
+    def go(self, pool: Workers, asked: Sequence[signal.Signals]) -> None:
+        """Train to the last step. A signal that was `asked` ends the step under way, saves, and is
+        raised again.
+        """
         training, steps = self.training, self.training.plan.steps
         print_text(*self.head)
-        with Progress("training", steps, "steps") as bar, _asked_to_stop() as asked:
+        with Progress("training", steps, "steps") as bar:
             while training.done < steps:
                 training.step(pool)
                 done = training.done
