@@ -48,21 +48,41 @@ text. `minstep --help` lists the commands, each with an example in its own --hel
 """
 
 import os
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 # Before NumPy is loaded, or without effect: parallel.py has threads of its own, and two kinds of
 # them wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from minstep.checkpoint import open_checkpoint  # noqa: E402
-from minstep.config import load_config
-from minstep.configs import find_config
-from minstep.files import InputError
-from minstep.generate import generate, steps
-from minstep.model import decoder, head
-from minstep.mtp import mtp_forward
-from minstep.sampling import Sampling
-from minstep.weights import random_weights
+if TYPE_CHECKING:
+    from minstep.checkpoint import open_checkpoint
+    from minstep.config import load_config
+    from minstep.configs import find_config
+    from minstep.files import InputError
+    from minstep.generate import generate, steps
+    from minstep.model import decoder, head
+    from minstep.mtp import mtp_forward
+    from minstep.sampling import Sampling
+    from minstep.weights import random_weights
 
+# The module of each name. It is imported when the name is first used: the command line must be
+# ready for Ctrl-C before it loads NumPy.
+_MODULES = {
+    "open_checkpoint": "checkpoint",
+    "load_config": "config",
+    "find_config": "configs",
+    "InputError": "files",
+    "generate": "generate",
+    "steps": "generate",
+    "decoder": "model",
+    "head": "model",
+    "mtp_forward": "mtp",
+    "Sampling": "sampling",
+    "random_weights": "weights",
+}
 __all__ = [
     "InputError",
     "Sampling",
@@ -77,3 +97,25 @@ __all__ = [
     "steps",
 ]
 __version__ = "0.1.0"
+
+
+class _Package(ModuleType):
+    """A package whose function `generate` stays, though a module has the same name."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Python binds a module to its package once it is imported.
+        is_hidden = name in _MODULES and isinstance(value, ModuleType)
+        super().__setattr__(name, getattr(value, name) if is_hidden else value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *_MODULES})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,6 +1,8 @@
 """Commands of the parser, and what the text of an argument stands for: `type`s of argparse's."""
 
 import argparse
+import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -8,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from minstep.configs import find_config
-from minstep.files import InputError
+from minstep.files import InputError, os_reason
+from minstep.terminal import LONGEST_TEXT
 
 MODEL = "checkpoint in hub layout, or a shipped name (trained, the small model shipped here)"
 FLOATS: dict[str, Any] = {"choices": ("float32", "float64"), "default": "float32"}
@@ -45,12 +48,20 @@ def add_prompt(add: Any, default: str | None = None) -> Any:
 
 def given_or_read(text: str) -> str:
     """The text itself, or for a dash all of stdin."""
-    if text == "-" and sys.stdin is None:
+    if text != "-":
+        return text
+    if sys.stdin is None:
         raise argparse.ArgumentTypeError("stdin is closed")
     try:
-        return sys.stdin.read() if text == "-" else text
+        found = sys.stdin.read(LONGEST_TEXT + 1)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"stdin is not text: {error}") from error
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"stdin: {os_reason(error)}") from error
+    if len(found) > LONGEST_TEXT:
+        message = f"stdin has more than {LONGEST_TEXT:,} characters, expected at most that many"
+        raise argparse.ArgumentTypeError(message)
+    return found
 
 
 def token_ids(text: str) -> list[int]:
@@ -75,28 +86,33 @@ def layer_ranges(text: str) -> list[range]:
     return ranges
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """A whole number that is not smaller than `minimum`."""
+def at_least(minimum: int, digits: int = 18) -> Callable[[str], int]:
+    """A whole number that is not smaller than `minimum` and has at most so many digits."""
 
     def whole_number(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,18}", text.strip()) or int(text) < minimum:
-            message = f"{text!r:.80}: expected a whole number of at least {minimum}"
-            raise argparse.ArgumentTypeError(message)
+        if not re.fullmatch(f"[0-9]{{1,{digits}}}", text.strip()) or int(text) < minimum:
+            message = f"a whole number of at least {minimum} with at most {digits} digits"
+            raise argparse.ArgumentTypeError(f"{text!r:.80}: expected {message}")
         return int(text)
 
     return whole_number
+
+
+def seed(text: str) -> int:
+    """A number that NumPy's generators begin with, which may be far beyond 64 bits."""
+    return at_least(0, 100)(text)
 
 
 def number(expected: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
     """A finite number for which `holds` is true; `expected` says so in words."""
 
     def parsed(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not (holds(value) and abs(value) < float("inf")):
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a number {expected}")
+        is_number = re.fullmatch(
+            r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", text.strip(), re.I
+        )
+        value = float(text) if is_number else math.nan
+        if not (holds(value) and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text!r:.80}: expected a number {expected}")
         return value
 
     return parsed
@@ -112,7 +128,13 @@ def model_folder(text: str) -> Path:
 
 def path(text: str) -> Path:
     """A path that is not empty."""
-    return Path(not_empty(text))
+    try:
+        os.fsencode(not_empty(text))
+    except ValueError as error:  # half a character
+        raise argparse.ArgumentTypeError(f"{text!r:.80}: {error}") from error
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r:.80}: holds a zero byte")
+    return Path(text)
 
 
 def not_empty(text: str) -> str:

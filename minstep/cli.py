@@ -6,9 +6,11 @@ import io
 import os
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -23,17 +25,24 @@ from minstep.arguments import (
     not_empty,
     number,
     path,
+    seed,
 )
 from minstep.bench.flags import add_bench
 from minstep.book.exercise import add_exercise
 from minstep.book.footgun import add_footgun
 from minstep.cost.flags import add_cost
-from minstep.files import InputError, abandon_stdout, os_reason
+from minstep.files import (
+    LONGEST_MESSAGE,
+    InputError,
+    check_output,
+    os_reason,
+    shown,
+)
 from minstep.lab.flags import add_lab_commands
 from minstep.lab.labs import add_labs
 from minstep.lab.view import add_view
 from minstep.lab.walk import add_walk
-from minstep.terminal import harmless
+from minstep.terminal import note
 from minstep.train.flags import add_train
 
 GROUPS = {  # of commands, as the help lists them
@@ -66,7 +75,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse wrong use in one line; argparse alone would print the whole usage."""
-        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
+        text = shown(" ".join(message.split()), LONGEST_MESSAGE)
+        self.exit(2, f"{self.prog}: {text} (see {self.prog} --help)\n")
 
 
 def _meant(given: str, known: Iterable[str]) -> str:
@@ -76,36 +86,101 @@ def _meant(given: str, known: Iterable[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command: 0 fine, 1 a mismatch, 2 wrong use or bad input, 130 after Ctrl-C."""
-    if sys.stderr is None:  # closed by the caller: print would write to stdout in its place
-        sys.stderr = open(os.devnull, "w")
-    warnings.showwarning = lambda message, *_: print(f"minstep: {message}", file=sys.stderr)
-    args = _parser().parse_args(argv)
-    if sys.stdout is None:
-        print("minstep: stdout is closed, expected somewhere to write to", file=sys.stderr)
-        return 2
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # its encoding may lack a character
-    with suppress(ValueError):  # only the main thread may; without it nothing would be tidied up
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """Run one command: 0 fine, 1 a mismatch, 2 wrong use or bad input, 130 after Ctrl-C.
+
+    As argparse does, --help, --version and wrong use raise SystemExit; so do SIGTERM and SIGHUP,
+    with 143 and 129. Signal handlers, streams and the way of warnings are then as before.
+    """
     try:
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name
-            code: int | None = args.run(args)
-        sys.stdout.flush()
+        with _streams(), _signals():
+            return _run(argv)
     except KeyboardInterrupt:
         return 130
+
+
+def _run(argv: list[str] | None) -> int:
+    """Parse the arguments, run their command, and turn what it raises into one line and a code."""
+    try:
+        try:
+            args = _parser().parse_args(argv)
+            if sys.stdout is None:
+                raise InputError("stdout is closed, expected somewhere to write to")
+            check_output(getattr(args, "out", None), _inputs(args))
+            with np.errstate(over="ignore", invalid="ignore"):  # not finite is refused by name
+                code: int | None = args.run(args)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except BrokenPipeError:  # the reader has gone; nothing more can be said
-        abandon_stdout()
         return 141
     except (InputError, OSError, MemoryError) as error:
         text = str(error) or "out of memory"
         if isinstance(error, OSError):
             text = f"{error.filename or 'stdout'}: {os_reason(error)}"
         with suppress(OSError):  # stderr may be what is full
-            print("minstep:", harmless(" ".join(text.split()), sys.stderr), file=sys.stderr)
-        abandon_stdout()
+            note(f"minstep: {' '.join(text.split())}")
         return 2
     return code or 0
+
+
+def _inputs(args: argparse.Namespace) -> list[Path]:
+    """The files and folders that the arguments name, but for --out."""
+    named = [value for name, value in vars(args).items() if name != "out"]
+    values = [x for value in named for x in (value if isinstance(value, list) else [value])]
+    if isinstance(config := getattr(args, "config", None), str):
+        values.append(Path(config))
+    return [value for value in values if isinstance(value, Path)]
+
+
+@contextmanager
+def _streams() -> Iterator[None]:
+    """Warnings as lines of ours, no line on stdout that belongs on a closed stderr, and no failure
+    for a character that the encoding of stdout lacks. Then all is as before.
+    """
+    out, err, showwarning = sys.stdout, sys.stderr, warnings.showwarning
+    errors = getattr(out, "errors", None)
+    try:
+        if sys.stderr is None:
+            sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="replace")
+        warnings.showwarning = lambda message, *_: note(f"minstep: {message}")
+        if isinstance(out, io.TextIOWrapper):
+            out.reconfigure(errors="replace")
+        yield
+    finally:
+        warnings.showwarning = showwarning
+        if err is None and sys.stderr is not None:
+            sys.stderr.close()
+        sys.stderr = err
+        if isinstance(out, io.TextIOWrapper):
+            with suppress(OSError):  # it flushes what stdout could not take
+                out.reconfigure(errors=errors)
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Signals that end a process end the command first, which tidies up; then all is as before.
+
+    A signal that is ignored, as by a job under nohup, stays ignored. Only the main thread can be
+    told of signals.
+    """
+
+    def end(number: int, _: Any) -> NoReturn:
+        for each in handlers:  # what tidies up is not to be interrupted in turn
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    ours = {"SIGINT": signal.default_int_handler, "SIGTERM": end, "SIGHUP": end}
+    numbers = {getattr(signal, name): ours[name] for name in ours if hasattr(signal, name)}
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {each: signal.getsignal(each) for each in numbers if is_main}
+    handlers = {each: h for each, h in before.items() if h not in (signal.SIG_IGN, None)}
+    try:
+        for each in handlers:
+            signal.signal(each, numbers[each])
+        yield
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
 
 
 def _decoding_flags(
@@ -134,7 +209,7 @@ def _decoding_flags(
     text = "of tokens in the text so far (1, none)"
     positive = number("from 0.01 to 100", lambda x: 0.01 <= x <= 100)
     how.add_argument("--repetition-penalty", type=positive, default=1.0, metavar="X", help=text)
-    how.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the draws (0)")
+    how.add_argument("--seed", type=seed, default=0, metavar="N", help="of the draws (0)")
 
     run = add.add_argument_group("decoding")
     text = "draft with the MTP layers; greedy text stays the same (on where there are any)"

@@ -1,7 +1,6 @@
 """generate and chat: from their arguments to what they print; no maths."""
 
 import io
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -24,7 +23,15 @@ from minstep.generate import Step, check_prompt, steps
 from minstep.keys import read_json
 from minstep.model import ModelWeights
 from minstep.sampling import Sampling
-from minstep.terminal import Display, Progress, drafts_line, harmless, note, summary
+from minstep.terminal import (
+    Display,
+    Progress,
+    drafts_line,
+    note,
+    print_json,
+    print_text,
+    summary,
+)
 from minstep.tokenizer import StreamingText, encode, load_tokenizer, text_of
 from minstep.toolcalls import objects
 
@@ -144,32 +151,30 @@ def run_generate(args: Namespace) -> None:
         note(CONTINUES)
     stream = StreamingText(model.tokenizer, args.stop) if model.tokenizer else None
     decoded = decode_steps(args, prompt, weights, model.config, rng)
-    said = Continuation(decoded, stream, args.logprobs)
+    said, display = Continuation(decoded, stream, args.logprobs), Display()
     try:
         for n, piece in enumerate(said):
             if not n and args.prompt and not args.json:  # after the bar, which empties its line
-                Display().prompt(args.prompt)
+                display.prompt(args.prompt)
             if not args.json:
                 comma = "," if len(said.tokens) > 1 else ""
-                shown = harmless(piece, sys.stdout) if stream else f"{comma}{said.tokens[-1]}"
-                print(shown, end="", flush=True)
+                display.put(piece if stream else f"{comma}{said.tokens[-1]}")
     except KeyboardInterrupt:
         if not args.json:
-            print()
-            print(summary(said.stats(prompt)), file=sys.stderr)
+            display.put("\n")
+            note(summary(said.stats(prompt)))
         raise
     if args.json:
-        is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-        print(json.dumps(_result(args, prompt, said, tools), ensure_ascii=not is_utf8))
+        print_json(_result(args, prompt, said, tools))
         return
-    print()
+    display.put("\n")
     word = partial(_word, model.tokenizer)
     for entry in said.logprobs:
         chosen, *likely = (_logged(each, word) for each in (entry, *entry["top"]))
-        print(f"token {chosen} of {', '.join(likely)}")
+        print_text(f"token {chosen} of {', '.join(likely)}")
     if args.show_drafts:
-        print(DRAFTS, *(drafts_line(each, said.tokens, word) for each in said.passes), sep="\n")
-    print(summary(said.stats(prompt)), file=sys.stderr)
+        print_text(DRAFTS, *(drafts_line(each, said.tokens, word) for each in said.passes))
+    note(summary(said.stats(prompt)))
 
 
 def _word(tokenizer: Tokenizer | None, token: int) -> str:

@@ -5,12 +5,17 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
 
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 resource: ModuleType | None
 try:
     import resource
@@ -20,6 +25,8 @@ except ImportError:  # Windows
 # What make-tiny writes. A folder of nothing else, with this mark in its shards, may be replaced.
 MADE_BY = "minstep make-tiny"
 LONGEST_MESSAGE = 2000  # characters of an InputError
+OWNED = ".lock"  # in a folder that one process writes into over time
+TEMPORARY = ".minstep."  # how a name begins that is renamed when all is written
 OUR_FILES = ("config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json")
 
 
@@ -43,9 +50,16 @@ def shown(text: str, longest: int = 120) -> str:
     """
     if len(text) > longest:
         text = f"{text[: longest // 2]}…{text[len(text) - longest // 2 + 1 :]}"
+    return printable(text)
+
+
+def printable(text: str, kept: str = "") -> str:
+    """The text with an escape such as `\\x1b` for each character that is neither printable nor one
+    of those `kept`.
+    """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -85,6 +99,29 @@ def os_reason(error: OSError | ValueError) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def check_output(out: Path | None, inputs: Iterable[Path]) -> None:
+    """Raise InputError where `out` is one of the inputs, or a file in one that is a folder.
+
+    Names do not matter: a link, another spelling and a hard link are the same file.
+    """
+    if out is None:
+        return
+    for path in inputs:
+        files, whose = [path], "is an input of the command"
+        if os.path.isdir(path) and not os.path.isdir(out):
+            files, whose = [*path.iterdir()], "belongs to the checkpoint or configuration"
+        if any(_is_same(each, out) for each in files):
+            raise InputError(f"--out {out}: {whose} {path}, expected another path")
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    """Whether both are there and are one file."""
+    try:
+        return path.samefile(other)
+    except (OSError, ValueError):
+        return False
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, and rename it to `path` when the block ends well.
@@ -93,15 +130,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
     is followed. Raises InputError when the file cannot be written.
     """
     temporary: Path | None = None
+    target = _target(path)
     try:
-        target = _target(path)
         if target.is_symlink():
             raise InputError(f"{path}: cannot be written: it is a link to itself")
         if target.is_dir():
             raise InputError(f"{path}: cannot be written: it is a directory")
         if target.exists() and not target.is_file():  # the rename would replace even /dev/null
             raise InputError(f"{path}: cannot be written: it is a device, expected a file")
-        temporary = _beside(target, path.name)
+        temporary = _beside(target)
         temporary.touch(mode=0o600, exist_ok=False)
         yield temporary
         temporary.chmod(0o666 & ~_umask())
@@ -110,8 +147,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written: {os_reason(error)}") from error
     finally:
         if temporary is not None:
-            with suppress(OSError):  # it may never have come to be
-                temporary.unlink()
+            _remove(temporary, Path.unlink)
 
 
 @contextmanager
@@ -133,7 +169,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if foreign:
             message = f"{foreign[0].name}, which make-tiny did not write"
             raise InputError(f"{name}: holds {message}, expected a new or empty folder")
-        temporary = _beside(path, path.name)
+        temporary = _beside(path)
         temporary.mkdir(mode=0o700)
         new = temporary / "new"
         new.mkdir()
@@ -150,17 +186,85 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise InputError(f"{name}: cannot be written: {os_reason(error)}") from error
     finally:
         if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary, shutil.rmtree)
+
+
+@contextmanager
+def owned_folder(folder: Path) -> Iterator[None]:
+    """Make a folder into which this process alone writes until the block ends.
+
+    What is made here and left empty is removed. Raises InputError where the folder cannot be
+    written, and where another process writes there.
+    """
+    made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder}: cannot be written: {os_reason(error)}") from error
+        with locked(folder / OWNED, folder):
+            try:
+                yield
+            finally:
+                (folder / OWNED).unlink(missing_ok=True)
+    finally:
+        with suppress(OSError):
+            for each in made:
+                each.rmdir()
+
+
+@contextmanager
+def locked(file: Path, folder: Path) -> Iterator[None]:
+    """Hold the lock `file` of a folder: it goes with the process, however that ends.
+
+    Raises InputError where another process holds it. Without locks, as on Windows and some network
+    drives, two runs at once are not noticed.
+    """
+    if fcntl is None:
+        yield
+        return
+    try:
+        lock = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written: {os_reason(error)}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_free = os.fstat(lock.fileno()).st_nlink > 0  # else a run has ended just now
+        except BlockingIOError:
+            is_free = False
+        except OSError:
+            is_free = True
+        if not is_free:
+            raise InputError(f"{folder}: another run is writing there, expected one for an --out")
+        yield
 
 
 def _target(path: Path) -> Path:
     """Where `path` leads when links are followed; still a link where one leads back to itself."""
-    return Path(os.path.realpath(path))
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError) as error:  # a zero byte, or what is no character of a name
+        raise InputError(f"{path}: cannot be written: {os_reason(error)}") from error
 
 
-def _beside(target: Path, name: str) -> Path:
-    """A hidden path that nothing has, known before it is made: a signal may come in between."""
-    return target.with_name(f".{name}.{secrets.token_hex(4)}")
+def _beside(target: Path) -> Path:
+    """A hidden path that nothing has, known before it is made: a signal may come in between.
+
+    Short, for the name of the target may be as long as a name can be.
+    """
+    return target.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+
+
+def _remove(temporary: Path, remove: Callable[[Path], None]) -> None:
+    """Remove what may never have come to be, in spite of a second Ctrl-C meanwhile."""
+    try:
+        with suppress(OSError):
+            remove(temporary)
+    except BaseException:
+        with suppress(OSError):
+            remove(temporary)
+        raise
 
 
 def _is_ours(entry: Path) -> bool:
@@ -187,14 +291,6 @@ def peak_memory() -> int | None:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(most) * (1 if sys.platform == "darwin" else 1024)
-
-
-def abandon_stdout() -> None:
-    """Where stdout cannot be written, lead it to nowhere: Python's own flush would fail too."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _umask() -> int:

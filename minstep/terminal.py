@@ -10,14 +10,18 @@ from typing import Any, TextIO
 
 from minstep.chat import Event
 from minstep.continuation import Pass
+from minstep.files import LONGEST_MESSAGE, InputError, os_reason, printable, shown
 
 BAR = 24  # cells
 PATIENCE = 1.0  # seconds before a bar appears
 PROMPT = "> "
+LONGEST_TEXT = 1 << 24  # characters of stdin: 64 for each token of the longest context
 DIM, PLAIN, ERASE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
-# A model may say an escape sequence: on a terminal control characters are shown, never obeyed.
+# A model may say an escape sequence: a terminal shows a picture for each control character, and for
+# what would turn the direction of a line or end it.
 PICTURES = {n: 0x2400 + n for n in range(32) if chr(n) not in "\n\t"} | {0x7F: 0x2421}
-PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0x2426)
+TURNS = (0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+PICTURES |= dict.fromkeys((*range(0x80, 0xA0), *TURNS, 0x2028, 0x2029), 0x2426)
 
 
 class Progress:
@@ -44,7 +48,7 @@ class Progress:
         shown = [f"{n / self._scale:,.{int(self._scale > 1)}f}" for n in (done, self.total, rate)]
         per = f" {self._unit}/s" if self._scale > 1 else "/s"
         counts = f"{shown[0]}/{shown[1]} {self._unit}, {shown[2]}{per}, {_clock(left)} left"
-        line = f"{self.label} {bar} {counts}" if done < self.total else ""
+        line = f"{printable(self.label)} {bar} {counts}" if done < self.total else ""
         print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
         self._shown = done < self.total
 
@@ -107,6 +111,10 @@ class Display:
         if self._dims:
             self._put(f"{DIM}{harmless(text, self._out)}{PLAIN}")
 
+    def put(self, text: str) -> None:
+        """Print text as the model gave it, with no event around it."""
+        self._put(harmless(text, self._out))
+
     def show(self, event: Event) -> None:
         """Print a piece of the answer."""
         if event.kind != self._kind:
@@ -115,7 +123,7 @@ class Display:
             self._enter()
         if event.kind == "tool_call":
             self._end_line()
-            self._say(json.dumps(event.payload._asdict(), ensure_ascii=False) + "\n")
+            self._say(json_text(event.payload._asdict()) + "\n")
         elif event.kind == "content" or not self._hides:
             self._say(event.payload)
 
@@ -148,7 +156,7 @@ class Display:
 
     def _say(self, text: str) -> None:
         """Print the model's own words."""
-        self._put(harmless(text, self._out))
+        self.put(text)
         self._in_line = not text.endswith("\n")
 
     def _put(self, text: str) -> None:
@@ -156,13 +164,38 @@ class Display:
 
 
 def harmless(text: str, stream: TextIO) -> str:
-    """What a model said, fit for `stream`: a terminal is shown control characters as pictures."""
+    """What a model said, fit for `stream`: a terminal is shown control characters as pictures.
+
+    A file or another program gets the text as it is.
+    """
     return text.translate(PICTURES) if stream.isatty() else text
 
 
+def print_text(*lines: str) -> None:
+    """Print lines of a report on stdout, at once: what is not printable is escaped, whoever reads
+    them, for names in them come from files.
+    """
+    print(printable("\n".join(lines), kept="\n"), flush=True)
+
+
+def print_json(report: Any) -> None:
+    """Print one JSON object on stdout: letters of any alphabet as they are, where stdout is UTF-8,
+    and escapes for what is not printable.
+    """
+    print(json_text(report, (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")))
+
+
+def json_text(value: Any, is_utf8: bool = True) -> str:
+    """A value as JSON, with an escape such as `\\u001b` for what is not printable."""
+    text = json.dumps(value, ensure_ascii=not is_utf8)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
 def note(text: str, is_dim: bool = False) -> None:
-    """A line to the user that is no part of the answer, on stderr."""
-    is_dim = is_dim and _can_dim(sys.stderr)
+    """A line to the user that is no part of the answer, on stderr, made printable."""
+    text, is_dim = printable(text, kept="\n"), is_dim and _can_dim(sys.stderr)
     print(f"{DIM}{text}{PLAIN}" if is_dim else text, file=sys.stderr, flush=True)
 
 
@@ -173,7 +206,7 @@ def wrote(path: Path, then: str = "") -> None:
     while size >= 1000 and units[1:]:
         size, _ = size / 1000, units.pop(0)
     digits = 1 if units[0] in ("MB", "GB") else 0
-    note(f"wrote {path} ({size:,.{digits}f} {units[0]}){then}")
+    note(f"wrote {shown(str(path), LONGEST_MESSAGE)} ({size:,.{digits}f} {units[0]}){then}")
 
 
 def _can_dim(stream: TextIO) -> bool:
@@ -181,12 +214,21 @@ def _can_dim(stream: TextIO) -> bool:
 
 
 def read_line() -> str:
-    """The user's next line, asked for where stdin is a terminal. Raises EOFError when it ends."""
+    """The user's next line, asked for where stdin is a terminal.
+
+    Raises EOFError when stdin ends, and InputError where it cannot be read or a line has no end.
+    """
     if sys.stdin.isatty() and sys.stdout.isatty():
         return input(PROMPT)  # with history and line editing where readline has been imported
     if sys.stdin.isatty():
         print(PROMPT, end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
+    try:
+        line = sys.stdin.readline(LONGEST_TEXT + 1)
+    except OSError as error:
+        raise InputError(f"stdin: {os_reason(error)}") from error
+    if len(line) > LONGEST_TEXT:
+        message = f"more than {LONGEST_TEXT:,} characters, expected at most that many"
+        raise InputError(f"stdin: a line has {message}")
     if not line:
         raise EOFError
     return line

@@ -601,7 +601,7 @@ def test_a_checkpoint_of_another_maker_is_never_replaced(
 
 def test_a_config_alone_is_never_replaced(tmp_path: Path, refused: Refused) -> None:
     shutil.copy(find_config("tiny") / "config.json", tmp_path)
-    refused("make-tiny", tmp_path, "--out", tmp_path, naming=("holds config.json", "empty folder"))
+    refused("make-tiny", tmp_path, "--out", tmp_path, naming=("is an input",))
     assert names(tmp_path) == ["config.json"]
 
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import minstep
-from minstep import attention, linear, moe
+from minstep import attention, files, linear, moe
 from minstep.lab import parts, trace
 from minstep.lab import record as lab_record
 from minstep.lab.choice import names_of
@@ -679,7 +679,7 @@ def test_a_file_that_comes_into_the_parts_meanwhile_stays(
     assert run("record", *given).code == 2 and mine.read_text() == "mine"
 
 
-@pytest.mark.skipif(parts.fcntl is None, reason="needs file locks")
+@pytest.mark.skipif(files.fcntl is None, reason="needs file locks")
 def test_two_runs_to_one_output_do_not_meet(
     tmp_path: Path, run: Run, refused: Refused, uninterrupted: bytes
 ) -> None:
@@ -790,7 +790,7 @@ def test_an_output_that_is_the_input_is_refused(run: Run, refused: Refused, tmp_
     before = whole.read_bytes()
     for source, out in ((whole, whole), (link, whole), (whole, link)):
         given = (*GIVEN, "--layers", "3", "--input", source, "--out", out)
-        refused("record", *given, naming=(f"--out {out}", "--input"))
+        refused("record", *given, naming=(f"--out {out}", "is an input"))
     assert whole.read_bytes() == before and names(tmp_path) == ["link", "whole"]
 
 

@@ -389,7 +389,7 @@ def test_what_is_no_trace_is_refused(refused: Refused, tmp_path: Path, trace: Pa
         (TRAINED / "model.safetensors", "holds nothing that a layer computed"),
     ):
         refused("view", file, "--out", out, naming=(str(file), naming))
-    refused("view", trace, "--out", trace, naming=("--out", "is the trace"))
+    refused("view", trace, "--out", trace, naming=("--out", "is an input"))
     refused("view", trace, naming=("--out",))
     theirs = (
         "--model",

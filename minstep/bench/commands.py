@@ -4,7 +4,7 @@ import json
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,11 @@ from minstep.bench.unused import unused
 from minstep.checkpoint import open_checkpoint
 from minstep.config import load_config
 from minstep.configs import find_config
-from minstep.files import InputError, check_space
+from minstep.files import InputError, check_space, owned_folder
 from minstep.keys import read_json
 from minstep.parallel import THREADS
 from minstep.save import Form, needed_space, save_random
-from minstep.terminal import Progress, wrote
+from minstep.terminal import Progress, print_json, print_text, wrote
 
 Case = Callable[[Setup], Found]
 CASES: dict[str, Case] = {
@@ -61,13 +61,17 @@ def run_bench(args: Namespace) -> None:
             raise InputError("--model and --layer time one layer, expected no --only and no --out")
         _run_layer(args)
         return
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)  # refused before minutes of work, not after
+    with owned_folder(args.out) if args.out else nullcontext():  # refused before the work
+        _run_cases(args)
+
+
+def _run_cases(args: Namespace) -> None:
+    """Time the cases, and write what was found."""
 
     def tell(lines: list[str]) -> None:
         """Show lines at once, for a run takes minutes."""
         if lines and not args.json:
-            print(*lines, sep="\n", flush=True)
+            print_text(*lines)
 
     names = args.only or [*CASES]
     found: dict[str, Found] = {}
@@ -104,7 +108,7 @@ def run_bench(args: Namespace) -> None:
         write(args.out, texts | charts(found))
         wrote(args.out)
     if args.json:
-        print(json.dumps(report))
+        print_json(report)
 
 
 def _case(case: Case, setup: Setup) -> Found:
@@ -128,4 +132,4 @@ def _run_layer(args: Namespace) -> None:
             check_space(model, needed_space(config, form))
             save_random(read_json(file), config, rng, model, form)
         report = bench_moe(open_checkpoint(model), layer, rng)
-    print(json.dumps(report) if args.json else bench_lines(report))
+    print_json(report) if args.json else print_text(bench_lines(report))

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from minstep.arguments import add_model, at_least, not_empty, path
+from minstep.arguments import add_model, at_least, not_empty, path, seed
 from minstep.bench.commands import CASES, run_bench
 
 
@@ -24,7 +24,7 @@ def add_bench(command: Callable[..., Any]) -> None:
     add.add_argument("--peer", type=not_empty, default=sys.executable, metavar="PYTHON", help=text)
     text = "folder for report.json, report.txt and charts"
     add.add_argument("--out", type=path, metavar="DIR", help=text)
-    add.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of weights (0)")
+    add.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights (0)")
     add.add_argument("--json", action="store_true", help="print one JSON object")
     alone = add.add_argument_group("one MoE layer alone, warm and cold, in place of the cases")
     add_model(alone, "checkpoint in hub layout (random weights of the released sizes, 1.3 GB)")

@@ -12,13 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minstep.files import LONGEST_MESSAGE, shown
+
 SCRIPT = Path(__file__).with_name("peer.py")
 FLOATS = ("float32", "bfloat16")  # that a peer computes in
 HOW = "pip install -e '.[oracle]', or --peer with a Python that has both"
 
 
 class PeerError(Exception):
-    """The other process could not do what it was asked for: the message says why."""
+    """The other process could not do what it was asked for: the message, printable, says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(" ".join(message.split()), LONGEST_MESSAGE))
 
 
 class Peer:

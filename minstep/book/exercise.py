@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from minstep.arguments import at_least, path
+from minstep.arguments import at_least, path, seed
 from minstep.book.lessons import EXERCISES, PLANT
-from minstep.files import InputError, atomic_folder
+from minstep.files import InputError, atomic_folder, printable
 from minstep.lab.copies import Find, copies, source
 from minstep.lab.footguns import ALL, EVERY, is_plantable, planted
-from minstep.terminal import wrote
+from minstep.terminal import print_text, wrote
 
 # What may lie in a reader's folder or imports such a file, in the order of their imports.
 CHAIN = (
@@ -91,7 +91,7 @@ def add_exercise(command: Callable[..., Any]) -> None:
     add.add_argument("number", type=at_least(0), nargs="?", metavar="N", help=text)
     add.add_argument("--out", type=path, metavar="DIR", help="a new folder to write it to")
     text = f"which bug exercise {PLANT} plants (0)"
-    add.add_argument("--seed", type=at_least(0), metavar="N", help=text)
+    add.add_argument("--seed", type=seed, metavar="N", help=text)
 
 
 def run_exercise(args: Namespace) -> None:
@@ -102,7 +102,7 @@ def run_exercise(args: Namespace) -> None:
     if number is None:
         if out:
             raise InputError(f"--out {out}: expected the number of an exercise before it")
-        print(listed())
+        print_text(listed())
         return
     if number not in EXERCISES:
         last = max(EXERCISES)
@@ -116,8 +116,11 @@ def run_exercise(args: Namespace) -> None:
     with atomic_folder(out) as folder:
         write(number, files, folder)
     wrote(out)
-    print(f"{out}: {', '.join(map(file_of, files))}, a README and the checks")
-    print(f"now: pytest -m {mark(number)} {shlex.quote(str(out))}")
+    place = printable(str(out))
+    print_text(
+        f"{place}: {', '.join(map(file_of, files))}, a README and the checks",
+        f"now: pytest -m {mark(number)} {shlex.quote(place)}",
+    )
 
 
 def listed() -> str:

@@ -3,7 +3,6 @@
 Checked by: tests/test_museum.py
 """
 
-import json
 import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from minstep.book.museum import EXHIBITS, changes, find_exhibit, measured, patie
 from minstep.book.offstage import RUNNERS
 from minstep.commands import note_shipped, open_model
 from minstep.lab.labs import text_tokenizer
-from minstep.terminal import Progress
+from minstep.terminal import Progress, print_json, print_text
 
 WIDTH = 88
 
@@ -128,14 +127,14 @@ def run_list(args: Namespace) -> None:
     group = ""
     for exhibit in EXHIBITS:
         if exhibit.group != group:
-            print(*([""] if group else []), exhibit.group, sep="\n")
+            print_text(*([""] if group else []), exhibit.group)
             group = exhibit.group
-        print(f"  {exhibit.name:{wide}}{exhibit.title}")
+        print_text(f"  {exhibit.name:{wide}}{exhibit.title}")
 
 
 def run_show(args: Namespace) -> None:
     """Print an exhibit: the story, the changed lines, who met it."""
-    print(exhibit_text(find_exhibit(args.name)))
+    print_text(exhibit_text(find_exhibit(args.name)))
 
 
 def run_run(args: Namespace) -> None:
@@ -150,7 +149,7 @@ def run_run(args: Namespace) -> None:
         note_shipped(args.model)
     with Progress(exhibit.name, len(exhibit.bugs), "bugs") as bar:
         report = measured(exhibit, its, tokenizer, bar)
-    print(json.dumps(report) if args.json else report_text(report))
+    print_json(report) if args.json else print_text(report_text(report))
 
 
 def add_footgun(command: Callable[..., Any]) -> None:

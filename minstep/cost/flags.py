@@ -1,7 +1,6 @@
 """`minstep cost`: its flags, and from them to what it prints or draws."""
 
 import argparse
-import json
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ from minstep.cost.hardware import HARDWARE, find_hardware, measure
 from minstep.cost.report import Wanted, report
 from minstep.cost.text import cost_text
 from minstep.files import InputError, atomic_file
-from minstep.terminal import wrote
+from minstep.terminal import print_json, print_text, wrote
 
 
 def add_cost(command: Callable[..., Any]) -> None:
@@ -96,11 +95,12 @@ def run_cost(args: Namespace) -> None:
         args.tokens or usual.tokens,
     )
     found = report(wanted)
-    print(json.dumps(found) if args.json else cost_text(found))
     if args.out:
         config = load_config(find_config(args.config))
         drafts = len(found["acceptance"])
         with atomic_file(args.out) as temporary:
             svg = roofline_svg(config, found["context"], shown, drafts)
             temporary.write_text(svg, encoding="utf-8")
+    print_json(found) if args.json else print_text(cost_text(found))
+    if args.out:
         wrote(args.out)

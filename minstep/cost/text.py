@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from minstep.cost.count import SCORES
+from minstep.files import shown
 
 RELEASED = 199_384_301_376  # parameters in the released files, whose announced figures are told
 OFF = 0.2  # share by which a prediction misses before its cause is told
@@ -35,7 +36,7 @@ def si(value: float) -> str:
 
 def _parameters(report: dict[str, Any]) -> Iterator[str]:
     told = report["parameters"]
-    yield f"PARAMETERS of {report['config']}"
+    yield f"PARAMETERS of {shown(report['config'])}"
     yield f"{'':20}{'all':>18}{'':7}{'of one token':>16}"
     active = told["active_with_output_matrix"]
     for name, part in told["parts"].items():

@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike
 
 from minstep.checkpoint import Checkpoint
 from minstep.config import LayerSpec
-from minstep.files import InputError
+from minstep.files import InputError, shown
 from minstep.lab.compare import Comparison
 from minstep.lab.diff import Report, describe, diff_table, row_json
 from minstep.lab.explain import explain, looks_like, not_tried
@@ -139,7 +139,7 @@ def checks_table(checks: Checks) -> str:
     for checked in checks.layers:
         at = f"layer {checked.layer}"
         if checked.others:
-            such = f"{len(checked.others)} such as {checked.others[0]}"
+            such = f"{len(checked.others)} such as {shown(checked.others[0])}"
             lines.append(f"{at}: not compared, since nothing here computes it: {such}")
         if checked.ties:
             count = f"{checked.ties} of {checked.tokens} tokens"
@@ -158,7 +158,7 @@ def _verdict(checks: Checks) -> str:
         several = "s" if len(departing) > 1 else ""
         return f"mismatch: layer{several} {','.join(spans(departing))} of {count} checked"
     tolerance = checks.layers[0].tolerance
-    at = f"worst {worst.max_error:.1e} at {worst.name}"
+    at = f"worst {worst.max_error:.1e} at {shown(worst.name)}"
     compared = [row for row in checks.rows if not row.is_empty]
     if not compared:
         return f"no verdict: {count}, of which no tensor could be compared"

@@ -1,7 +1,6 @@
 """The commands that look at a model: from their arguments to what they print or write; no maths."""
 
 import fnmatch
-import json
 from argparse import Namespace
 from typing import Any
 
@@ -12,7 +11,7 @@ from minstep.commands import open_model, prompt_tokens
 from minstep.config import load_config
 from minstep.configs import find_config, read_config
 from minstep.continuation import Continuation
-from minstep.files import InputError, atomic_file, check_space
+from minstep.files import InputError, atomic_file, check_space, shown
 from minstep.generate import check_prompt, steps
 from minstep.lab.checks import Checks, check_layers, checkable, checks_json, checks_table
 from minstep.lab.diff import Report, as_json, diff, diff_table, layer_of, verdict
@@ -33,7 +32,7 @@ from minstep.lab.shards import (
 )
 from minstep.lab.trace import record, save_trace
 from minstep.save import Form, needed_space, save_random
-from minstep.terminal import note, wrote
+from minstep.terminal import note, print_json, print_text, wrote
 from minstep.tokenizer import load_tokenizer
 from minstep.weights import tensor_shapes
 
@@ -105,7 +104,7 @@ def run_inspect(args: Namespace) -> None:
         report, show = layers_report(openable(folder, numbers), numbers), layers_table
     else:
         report = inspect(folder) | {"path": args.model}  # as given: a shipped one lies anywhere
-    print(json.dumps(report) if args.json else show(report))
+    print_json(report) if args.json else print_text(show(report))
 
 
 def run_check_layer(args: Namespace) -> int:
@@ -116,7 +115,7 @@ def run_check_layer(args: Namespace) -> int:
         numbers = numbered(args.layer, checkpoint.config, "--layer")
     checks = check_layers(checkpoint, theirs, numbers, np.dtype(args.dtype), args.tolerance)
     checks = checks._replace(skipped=skipped | checks.skipped)
-    print(json.dumps(checks_json(checks)) if args.json else checks_table(checks))
+    print_json(checks_json(checks)) if args.json else print_text(checks_table(checks))
     return 0 if checks.is_match else 1
 
 
@@ -130,10 +129,10 @@ def run_diff(args: Namespace) -> int:
     rest = _continued(args, report) if config and not report.departure else None
     if args.json:
         more = {"continued": checks_json(rest)} if rest else {}
-        print(json.dumps(as_json(report) | {"explained": why} | more))
+        print_json(as_json(report) | {"explained": why} | more)
     else:
         alone = ["", checks_table(rest)] if rest else []
-        print("\n".join([diff_table(report), verdict(report), *why, *alone]))
+        print_text(diff_table(report), verdict(report), *why, *alone)
     return 0 if report.departure is None and (rest is None or rest.is_match) else 1
 
 
@@ -164,6 +163,7 @@ def _explained(args: Namespace, report: Report) -> list[str]:
         checks = check_layers(checkpoint, report.theirs, [n], _dtype(report), args.tolerance)
     except InputError as error:  # the two still departed: that was said, and is the exit code
         return [f"not explained: {error}"]
-    alone = f"layer {n}, run from the input that {args.theirs} has, computes what it has"
-    cause = f"the cause lies before it, or in {args.ours}, or this minstep was edited since"
+    ours, theirs = shown(str(args.ours)), shown(str(args.theirs))
+    alone = f"layer {n}, run from the input that {theirs} has, computes what it has"
+    cause = f"the cause lies before it, or in {ours}, or this minstep was edited since"
     return [*checks.explained.get(n, [f"{alone}: {cause}"]), *not_tried(checks.untried)]

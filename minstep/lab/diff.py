@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from minstep.config import Config
-from minstep.files import InputError
+from minstep.files import InputError, shown
 from minstep.lab.compare import Comparison
 from minstep.lab.facts import common_beginning, depths
 from minstep.lab.names import mtp_layers, split
@@ -131,12 +131,12 @@ def _unused(recording: Recording, names: Iterable[str], used: set[str]) -> list[
 
 
 def _such(names: Sequence[str]) -> str:
-    return f"{len(names)} such as {printable(names[0])}" if names else "none"
+    return f"{len(names)} such as {shown(names[0])}" if names else "none"
 
 
 def diff_table(report: Report) -> str:
     """One line for each tensor: name, shape, errors, cosine, verdict."""
-    names = [printable(row.name) for row in report.rows]
+    names = [shown(row.name) for row in report.rows]
     width = max(map(len, names))
     shapes = [str(list(row.shape)) for row in report.rows]
     wide = max(map(len, shapes))
@@ -155,7 +155,7 @@ def diff_table(report: Report) -> str:
 def _unmatched(report: Report) -> list[str]:
     """How much only one recording has, and how much of the texts was not looked at."""
     sides = (report.ours, report.only_ours), (report.theirs, report.only_theirs)
-    lines = [f"only in {r.path}: {_such(names)}" for r, names in sides if names]
+    lines = [f"only in {shown(str(r.path))}: {_such(names)}" for r, names in sides if names]
     if report.shared is not None:
         tokens = f"the first {report.shared} tokens" if report.shared > 1 else "the first token"
         lines.append(f"compared over {tokens}, all that both texts begin with")
@@ -174,7 +174,7 @@ def verdict(report: Report) -> str:
     worst = max(figures, key=lambda row: row.max_error / row.tolerance)
     least, most = (f(row.tolerance for row in report.rows) for f in (min, max))
     within = f"{least:g}" if least == most else f"{least:g} to {most:.2g}"
-    at = f"worst {worst.max_error:.1e} at {printable(worst.name)}"
+    at = f"worst {worst.max_error:.1e} at {shown(worst.name)}"
     left_out = sum(row.left_out > 0 for row in compared)
     more = f"; rows of {left_out} left out, where experts tied" if left_out else ""
     return f"match: {len(compared)} tensors within {within} ({at}){more}{_not_compared(report)}"
@@ -185,23 +185,18 @@ def _not_compared(report: Report) -> str:
     empty = [row.name for row in report.rows if row.is_empty]
     if not empty:
         return ""
-    after = f"; {len(empty)} from {empty[0]} on not compared, since a tie leaves no row"
+    after = f"; {len(empty)} from {shown(empty[0])} on not compared, since a tie leaves no row"
     return f"{after}: use check-layer for these"
 
 
 def describe(row: Comparison) -> str:
     """One line on a tensor that departs: its name, the error and the first element."""
     said = f"error {row.max_error:.1e} of the largest value, tolerance {row.tolerance:.2g}"
-    line = f"{printable(row.name)}: {row.note or said}"
+    line = f"{shown(row.name)}: {row.note or said}"
     if row.first is not None:
         place, ours, theirs = row.first
         line += f", first at {list(place)}: {ours:.6g} against {theirs:.6g}"
     return line + (": perhaps another prompt or other weights" if row.name in STARTS else "")
-
-
-def printable(name: str) -> str:
-    """A name from a file, with escapes in the place of what a terminal would act on."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
 
 
 def as_json(report: Report) -> dict[str, Any]:

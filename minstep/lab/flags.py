@@ -14,6 +14,7 @@ from minstep.arguments import (
     not_empty,
     number,
     path,
+    seed,
 )
 from minstep.lab.commands import (
     run_check_layer,
@@ -79,7 +80,7 @@ def _add_recording(command: Command) -> None:
     add = command("make-tiny", run_make_tiny, text, example)
     add.add_argument("config", type=not_empty, metavar="CONFIG_NAME_OR_DIR")
     add.add_argument("--out", type=path, required=True, metavar="DIR")
-    add.add_argument("--seed", type=at_least(0), default=0, metavar="N")
+    add.add_argument("--seed", type=seed, default=0, metavar="N")
     add.add_argument("--dtype", choices=("float32", "bfloat16", "fp8"), default="float32")
     add.add_argument("--shards", type=at_least(1), default=1, metavar="N")
     text = "write only these tensors; the others are holes that take no disk and read as zeros"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from minstep.checkpoint import HUB_DTYPES, Checkpoint, open_checkpoint
 from minstep.config import Config, load_config
+from minstep.files import shown
 from minstep.header import BYTES
 from minstep.weights import SCALES, Shape, blocks, tensor_shapes
 
@@ -142,7 +143,7 @@ def _active(sizes: dict[str, int], config: Config) -> int:
 
 def table(report: dict[str, Any]) -> str:
     """The report as text for a terminal: parts, then a line for each layer."""
-    lines = [report["path"], "", f"{'part':16}{'tensors':>8}{'parameters':>18}{'bytes':>18}"]
+    lines = [shown(report["path"]), "", f"{'part':16}{'tensors':>8}{'parameters':>18}{'bytes':>18}"]
     for name, part in report["parts"].items():
         counts = f"{part['tensors']:>8}{part['parameters']:>18,}{part['bytes']:>18,}"
         lines.append(f"{name:16}{counts}")
@@ -168,5 +169,5 @@ def table(report: dict[str, Any]) -> str:
             f"{rope.rotary_dim:<7}{'yes' if rope.scaling else 'no':<8}{mlp}{clamp}"
         )
     lines += ["", "tensor shapes and dtypes"]
-    lines += [f"  {n} {t['dtype']} {t['shape']}" for n, t in report["tensors"].items()]
+    lines += [f"  {shown(n)} {t['dtype']} {t['shape']}" for n, t in report["tensors"].items()]
     return "\n".join(lines)

@@ -3,7 +3,6 @@
 Checked by: tests/test_labs.py
 """
 
-import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,16 +13,16 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from minstep.arguments import FLOATS, add_command, add_model, at_least, path
+from minstep.arguments import FLOATS, add_command, add_model, at_least, path, seed
 from minstep.commands import Model, open_model
 from minstep.config import Config
 from minstep.draw.charts import bar_chart, load_chart
-from minstep.files import InputError, atomic_file
+from minstep.files import InputError, atomic_file, check_output
 from minstep.lab.acceptance import WAYS, agreements, beginnings, draft, mtp_report, mtp_table
 from minstep.lab.bits import bits_report, bits_table
 from minstep.lab.loads import layer_table, routed, router_report, router_table, without_bias
 from minstep.lab.names import spans
-from minstep.terminal import Progress
+from minstep.terminal import Progress, print_json, print_text
 from minstep.tokenizer import text_of
 from minstep.train.data import encode_documents, read_corpus
 from minstep.train.documents import file_documents
@@ -56,7 +55,7 @@ def add_labs(command: Callable[..., Any]) -> None:
     add.add_argument("--prompt-tokens", type=at_least(1), default=64, metavar="N", help=text)
     text = "most tokens to continue each by (48)"
     add.add_argument("--max-tokens", type=at_least(2), default=48, metavar="N", help=text)
-    add.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the places (0)")
+    add.add_argument("--seed", type=seed, default=0, metavar="N", help="of the places (0)")
     add = lab("router", run_lab_router, "which expert gets which tokens, and how many")
     text = "show each expert of this layer"
     add.add_argument("--layer", type=at_least(0), metavar="N", help=text)
@@ -76,7 +75,7 @@ def run_lab_bits(args: Namespace) -> None:
     with Progress("reading", size, "bytes") as bar:
         dtype = np.dtype(args.dtype)
         report = bits_report(corpus, tokenizer, weights, model.config, dtype, bar)
-    print(json.dumps(report) if args.json else bits_table(report))
+    print_json(report) if args.json else print_text(bits_table(report))
 
 
 def run_lab_mtp(args: Namespace) -> int:
@@ -89,7 +88,7 @@ def run_lab_mtp(args: Namespace) -> int:
     rng, length = np.random.default_rng(args.seed), args.prompt_tokens
     prompts = beginnings([text[:-1] for text in texts], args.prompts, length, rng)  # but for eos
     windows = _windows(texts, args.tokens, config)
-    with _chart(args.out, "mtp.svg") as chart:
+    with _chart(args, "mtp.svg") as chart:
         weights, drafted = model.load(None), {}
         for way in WAYS:
             with Progress(way.name, len(prompts), "prompts") as bar:
@@ -100,7 +99,7 @@ def run_lab_mtp(args: Namespace) -> int:
         report = mtp_report(drafted, guessed)
         if chart:
             chart.write_bytes(mtp_chart(report).encode())
-    print(json.dumps(report) if args.json else mtp_table(report))
+    print_json(report) if args.json else print_text(mtp_table(report))
     return 0 if report["is_lossless"] else 1
 
 
@@ -115,7 +114,7 @@ def run_lab_router(args: Namespace) -> None:
     tokenizer = text_tokenizer(args, model)
     windows = _windows(_texts(args, tokenizer), args.tokens, config)
     tokens = [token for window in windows for token in window]
-    with _chart(args.out, "router.svg") as chart:
+    with _chart(args, "router.svg") as chart:
         weights, chosen = model.load(0), {}
         for name, its in ((WITH, weights), (WITHOUT, without_bias(weights))):
             with Progress(name, len(tokens), "tokens") as bar:
@@ -125,11 +124,11 @@ def run_lab_router(args: Namespace) -> None:
         if chart:
             chart.write_bytes(router_chart(report).encode())
     if args.json:
-        print(json.dumps(report))
+        print_json(report)
     elif args.layer is None:
-        print(router_table(report))
+        print_text(router_table(report))
     else:
-        print(layer_table(report["layers"][numbers.index(args.layer)]))
+        print_text(layer_table(report["layers"][numbers.index(args.layer)]))
 
 
 def mtp_chart(report: dict[str, Any]) -> str:
@@ -178,12 +177,15 @@ def _words(tokenizer: Tokenizer, token: int) -> str:
 
 
 @contextmanager
-def _chart(out: Path | None, name: str) -> Iterator[Path | None]:
-    """Where to write a chart: `out`, or `name` in the folder `out`; None where none is wanted."""
+def _chart(args: Namespace, name: str) -> Iterator[Path | None]:
+    """Where to write a chart: --out, or `name` in that folder; None where none is wanted."""
+    out: Path | None = args.out
     if out is None:
         yield None
         return
     if not out.is_dir() and out.suffix != ".svg":
         raise InputError(f"{out}: expected a file that ends in .svg, or a folder that is there")
-    with atomic_file(out / name if out.is_dir() else out) as temporary:
+    file = out / name if out.is_dir() else out
+    check_output(file, [*(args.text or []), *([args.model] if args.model else [])])
+    with atomic_file(file) as temporary:
         yield temporary

@@ -7,6 +7,7 @@ follow from how many there are, so that a damaged run.json cannot mix up stages.
 Checked by: tests/test_record.py
 """
 
+import hashlib
 import json
 import os
 import re
@@ -14,27 +15,22 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from safetensors.numpy import load_file
 
-from minstep.files import InputError, atomic_file, os_reason
+from minstep.files import TEMPORARY, InputError, atomic_file, locked, os_reason
 from minstep.header import Data, Tensor, read_header, write_tensors
 from minstep.lab.trace import Trace
 from minstep.tap import Array
 
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # Windows: two runs at once are not noticed
-    fcntl = None
-
+LONGEST_NAME = 200  # bytes; file systems allow 255, some fewer
 PIECE = 1 << 20  # bytes copied or read at a time
 JOURNAL, LOCK, WHOLE = "run.json", "lock", "whole.safetensors"
 PART, STATE = "{:05}.safetensors", "state-{:05}.safetensors"  # of the stages, from 0
-# What may be removed: these, and after a dot, with an ending, what atomic_file had not renamed.
-OURS = re.compile(r"(\.)?(((state-)?\d{5,}|whole)\.safetensors|run\.json)(?(1)\.\w{8})")
+# What may be removed: these, and what atomic_file had not renamed.
+NAMES = r"(((state-)?\d{5,}|whole)\.safetensors|run\.json)"
+OURS = re.compile(rf"{NAMES}|{re.escape(TEMPORARY)}\w+")
 
 
 class Parts:
@@ -140,7 +136,7 @@ def open_parts(out: Path, identity: dict[str, Any]) -> Iterator[Parts]:
     another recording or damaged ones.
     """
     target = Path(os.path.realpath(out))
-    folder = target.parent / f".{target.name}.parts"
+    folder = target.parent / f".{_short(target.name)}.parts"
     with _naming(out):
         if target.is_symlink() or (target.exists() and not target.is_file()):
             message = "it is a directory, a device or a link to itself, expected a file"
@@ -148,13 +144,19 @@ def open_parts(out: Path, identity: dict[str, Any]) -> Iterator[Parts]:
         if folder.is_symlink():
             raise InputError(f"{folder}: is a link, expected a folder that record has made")
         folder.mkdir(exist_ok=True)
-    with _locked(folder):
+    with locked(folder / LOCK, folder):
         parts = Parts(folder, json.loads(json.dumps(identity)))
         try:
             yield parts
         finally:
             if not parts.done:
                 parts.remove()
+
+
+def _short(name: str) -> str:
+    """The name, or where it is so long that nothing may be added to it a checksum of it."""
+    coded = os.fsencode(name)
+    return name if len(coded) <= LONGEST_NAME else hashlib.sha256(coded).hexdigest()
 
 
 @contextmanager
@@ -164,23 +166,6 @@ def _naming(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {os_reason(error)}") from error
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which goes with the process however it ends."""
-    if fcntl is None:
-        yield
-        return
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_free = os.fstat(lock.fileno()).st_nlink > 0  # else a run has ended just now
-        except BlockingIOError:
-            is_free = False
-        if not is_free:
-            raise InputError(f"{folder}: another run is writing there, expected one for an --out")
-        yield
 
 
 def _checksum(file: Path) -> int:

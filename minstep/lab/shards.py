@@ -11,7 +11,7 @@ import numpy as np
 
 from minstep.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
 from minstep.config import Config, load_config
-from minstep.files import InputError
+from minstep.files import InputError, shown
 from minstep.lab.inspect import checked, expected, layer_number
 from minstep.lab.names import spans
 from minstep.lab.trace import EMBEDDING, HEAD, Stage, stages
@@ -183,10 +183,10 @@ def shards_report(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def layers_table(report: dict[str, Any]) -> str:
     """layers_report as text for a terminal."""
-    lines = [report["path"]]
+    lines = [shown(report["path"])]
 
     def outside(entry: dict[str, Any]) -> str:
-        what = f"{entry['tensor']}, {entry['bytes']:,} bytes: {entry['why']}"
+        what = f"{shown(entry['tensor'])}, {entry['bytes']:,} bytes: {entry['why']}"
         return f"  outside, in {_said(entry)}: {what}"
 
     for layer in report["layers"]:
@@ -200,7 +200,7 @@ def layers_table(report: dict[str, Any]) -> str:
     gone = report["download"]
     lines += ["", *(f"damaged: {why}" for why in report["damaged"])]
     lines.append(f"to download: {len(gone) or 'nothing'}")
-    lines += [f"  {e['file']}, {e['bytes']:,} bytes of tensors by the config" for e in gone]
+    lines += [f"  {shown(e['file'])}, {e['bytes']:,} bytes of tensors by the config" for e in gone]
     beside = [name if there else f"{name} (missing)" for name, there in report["beside"].items()]
     lines.append(f"beside them: {', '.join(beside)}; only --prompt needs the tokenizer")
     return "\n".join(lines)
@@ -208,10 +208,10 @@ def layers_table(report: dict[str, Any]) -> str:
 
 def shards_table(report: dict[str, Any]) -> str:
     """shards_report as text for a terminal: a line for each file."""
-    lines = [report["path"]]
+    lines = [shown(report["path"])]
     for entry in report["files"]:
         layers = [f"layers {', '.join(spans(entry['layers']))}"] if entry["layers"] else []
-        held = ", ".join(layers + entry["outside_layers"])
+        held = ", ".join([*layers, *map(shown, entry["outside_layers"])])
         lines.append(f"  {_said(entry)}: {entry['bytes']:,} bytes of tensors, {held}")
     return "\n".join(lines + [f"damaged: {why}" for why in report["damaged"]])
 
@@ -237,8 +237,9 @@ def _file(file: Path, held: dict[str, Place]) -> dict[str, Any]:
 
 def _said(entry: dict[str, Any]) -> str:
     """A file's name, and whether it is there."""
+    name = shown(entry["file"])
     if not entry["there"]:
-        return f"{entry['file']} ({'damaged' if entry.get('file_bytes') else 'missing'})"
+        return f"{name} ({'damaged' if entry.get('file_bytes') else 'missing'})"
     if "disk_bytes" not in entry:
-        return str(entry["file"])
-    return f"{entry['file']} ({entry['file_bytes']:,} bytes, {entry['disk_bytes']:,} on disk)"
+        return name
+    return f"{name} ({entry['file_bytes']:,} bytes, {entry['disk_bytes']:,} on disk)"

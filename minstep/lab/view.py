@@ -48,8 +48,6 @@ def add_view(command: Callable[..., Any]) -> None:
 def run_view(args: Namespace) -> None:
     """Write the page."""
     recording = open_recording(args.trace)
-    if args.out.exists() and args.out.samefile(args.trace):
-        raise InputError(f"--out {args.out}: is the trace, expected another file")
     facts, checkpoint = read_facts(recording), open_checkpoint(args.model or find_config("trained"))
     if checkpoint.owns(args.out):
         raise InputError(f"--out {args.out}: belongs to the checkpoint, expected another file")

@@ -5,7 +5,6 @@ Checked by: tests/test_walk.py
 
 import json
 import re
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -17,7 +16,7 @@ from minstep.arguments import FLOATS, add_model, add_prompt, at_least
 from minstep.checkpoint import Checkpoint
 from minstep.commands import note_shipped, open_model, prompt_tokens
 from minstep.configs import read_config
-from minstep.files import InputError
+from minstep.files import InputError, printable
 from minstep.generate import check_prompt
 from minstep.keys import read_json
 from minstep.lab.decided import LETTERS
@@ -26,7 +25,7 @@ from minstep.lab.shards import needs, numbered, some_weights
 from minstep.lab.steps import SHOWN, Report, last_stage, take_walk, walk_report
 from minstep.lab.trace import stages
 from minstep.model import ModelWeights
-from minstep.terminal import Progress, harmless, note
+from minstep.terminal import Progress, json_text, note, print_json, print_text
 
 PROMPT = "The with statement"
 NEAR = 12  # tokens shown on each side of the one that is followed
@@ -74,7 +73,7 @@ def run_walk(args: Namespace) -> None:
     if args.layer is not None and not any(step.name.endswith(".probs") for step in walk.steps):
         note("minstep: self_attn.probs is left out: for this many tokens it is too large to hold")
     report = walk_report(walk, position, args.layer, config, raw, model.tokenizer)
-    print(json.dumps(report) if args.json else harmless(walk_text(report), sys.stdout))
+    print_json(report) if args.json else print_text(walk_text(report))
 
 
 def _weights(checkpoint: Checkpoint, layer: int | None) -> ModelWeights:
@@ -195,14 +194,13 @@ def _number(x: float) -> str:
 
 def _short(value: Any) -> str:
     """A config value as JSON, cut where it is long."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return _cut(text, 24)
+    return _cut(printable(value if isinstance(value, str) else json.dumps(value)), 24)
 
 
 def _word(token: Report) -> str:
     """A token's text in quotes, or its number."""
     text = token["text"]
-    return f"token {token['token']}" if text is None else json.dumps(text, ensure_ascii=False)
+    return f"token {token['token']}" if text is None else json_text(text)
 
 
 def _cut(text: str, most: int) -> str:

@@ -115,7 +115,8 @@ def sequences(
 
 
 def _is_held_out(name: str) -> bool:
-    digest = hashlib.sha256(f"{SALT}{name}".encode()).digest()  # Python's own hash is not fixed
+    coded = f"{SALT}{name}".encode(errors="surrogateescape")  # a file's name may be no text
+    digest = hashlib.sha256(coded).digest()  # Python's own hash is not fixed
     return int.from_bytes(digest[:4]) < HELD_OUT * 2**32
 
 

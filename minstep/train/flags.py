@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from minstep.arguments import at_least, not_empty, number, path
+from minstep.arguments import at_least, not_empty, number, path, seed
 from minstep.parallel import THREADS
 from minstep.train.run import run_train
 from minstep.train.trainer import Plan
@@ -37,7 +37,8 @@ def add_train(command: Callable[..., Any]) -> None:
     _real(how, "weight_decay", "share of the rate by which tensors shrink")
     _real(how, "mtp_weight", "weight of the drafts' loss; the report has 0.3, later 0.1")
     _real(how, "balance_rate", "by which router biases move in a step; 0 leaves loads alone")
-    _whole(how, "seed", 0, "of the first weights and the order of the text")
+    text = f"of the first weights and the order of the text ({DEFAULT.seed})"
+    how.add_argument("--seed", type=seed, default=DEFAULT.seed, metavar="N", help=text)
     when = add.add_argument_group("when, in steps")
     for name, default, text in (
         ("log-every", 20, "a line of the log"),

@@ -1,11 +1,12 @@
 """`minstep train`: from a configuration and text to a checkpoint, with a log that can be read."""
 
 import hashlib
+import math
 import signal
-import sys
+import threading
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,16 +17,16 @@ from tokenizers import Tokenizer
 from minstep.config import Config
 from minstep.configs import read_config
 from minstep.draw.charts import line_chart, load_chart
-from minstep.files import InputError, os_reason
+from minstep.files import OWNED, InputError, owned_folder
 from minstep.tap import Array
-from minstep.terminal import Progress
+from minstep.terminal import Progress, note, print_text
 from minstep.train.bpe import train_tokenizer
 from minstep.train.data import Corpus, encode_documents, read_corpus
 from minstep.train.evaluate import bits_per_byte
 from minstep.train.log import Row, header, line
 from minstep.train.saved import STATE, load_state, save_checkpoint, save_state, write_text
 from minstep.train.trainer import Plan, Training
-from minstep.train.workers import Workers, workers
+from minstep.train.workers import SHARE, Workers, workers
 from minstep.weights import assemble
 
 
@@ -50,6 +51,15 @@ def run_train(args: Namespace) -> None:
     raw, config, _ = read_config(args.config)
     plan = Plan(**{name: getattr(args, name) for name in Plan._fields})
     _check(plan, config)
+    shares = math.ceil(plan.sequences / SHARE)
+    with owned_folder(args.out):
+        run = _prepared(args, plan, raw, config)
+        with _asked_to_stop() as asked, workers(min(args.processes, shares)) as pool:
+            run.go(pool, asked)
+
+
+def _prepared(args: Namespace, plan: Plan, raw: dict[str, Any], config: Config) -> "Run":
+    """A new run, or the one that was ended in --out."""
     folder: Path = args.out
     state, facts = load_state(folder) if args.resume else ({}, {})
     _check_folder(folder, args.resume)
@@ -65,11 +75,8 @@ def run_train(args: Namespace) -> None:
         _check_facts(folder / STATE, facts, its_facts)
         training.restore(state)
         rows = [Row(step, tuple(losses), *others) for step, losses, *others in facts["rows"]]
-    folder.mkdir(parents=True, exist_ok=True)
     every = Every(args.log_every, args.check_every, args.save_every)
-    run = Run(training, text, folder, rows, its_facts, every)
-    with workers(args.processes) as pool:
-        run.go(pool)
+    return Run(training, text, folder, rows, its_facts, every)
 
 
 def _check(plan: Plan, config: Config) -> None:
@@ -81,10 +88,7 @@ def _check(plan: Plan, config: Config) -> None:
 
 def _check_folder(folder: Path, resumes: bool) -> None:
     """Raise InputError unless a new run may write into `folder`, before hours go into it."""
-    try:
-        entries = sorted(folder.iterdir()) if folder.exists() else []
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written: {os_reason(error)}") from error
+    entries = sorted(entry for entry in folder.iterdir() if entry.name != OWNED)
     if entries and not resumes:
         its = "an unfinished run, --resume goes on with it" if folder / STATE in entries else ""
         holds = its or f"holds {entries[0].name}, expected a new or empty folder"
@@ -128,11 +132,13 @@ class Run:
         self.head = [*self._title(), header(len(training.config.mtp_layers))]  # of the log
         self.loads: dict[str, Array] = {}  # of the experts, between the last two rows
 
-    def go(self, pool: Workers) -> None:
-        """Train to the last step. Ctrl-C ends the step under way, saves, and is raised again."""
+    def go(self, pool: Workers, asked: Sequence[signal.Signals]) -> None:
+        """Train to the last step. A signal that was `asked` ends the step under way, saves, and is
+        raised again.
+        """
         training, steps = self.training, self.training.plan.steps
-        print(*self.head, sep="\n", flush=True)
-        with Progress("training", steps, "steps") as bar, _asked_to_stop() as asked:
+        print_text(*self.head)
+        with Progress("training", steps, "steps") as bar:
             while training.done < steps:
                 training.step(pool)
                 done = training.done
@@ -144,7 +150,8 @@ class Run:
                     self.save()
                     bar.erase()
                     message = f"saved after step {done} of {steps}: --resume goes on from there"
-                    print(f"minstep: {message}", file=sys.stderr)
+                    with suppress(OSError):  # after SIGHUP there is no terminal
+                        note(f"minstep: {message}")
                     signal.raise_signal(asked[0])
                 elif done % self.every.save == 0 and not is_last:
                     self.save()
@@ -160,7 +167,7 @@ class Run:
         self.training.begin_row()
         self.rows.append(row)
         bar.erase()
-        print(line(row), flush=True)
+        print_text(line(row))
 
     def held_out(self) -> float:
         """Bits a byte of the text that is not trained on."""
@@ -201,9 +208,11 @@ class Run:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[list[signal.Signals]]:
-    """While a step runs Ctrl-C and SIGTERM only leave word here; a second Ctrl-C ends at once."""
+    """While a step runs a signal that ends only leaves word here; a second one ends at once."""
     asked: list[signal.Signals] = []
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    is_main = threading.current_thread() is threading.main_thread()
+    handlers = {s: signal.getsignal(s) for s in numbers if is_main}
     # What a shell's background job was told to ignore stays ignored.
     before = {s: handler for s, handler in handlers.items() if handler is not signal.SIG_IGN}
 

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import reduce
 from itertools import repeat
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, resource_tracker
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -110,14 +110,37 @@ def workers(count: int) -> Iterator[Workers]:
     # Not forked: this process has threads.
     with ProcessPoolExecutor(count, get_context("spawn"), _start) as executor:
         try:
+            _begin(executor, count)
             yield Workers(executor)
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
             raise
 
 
+def _begin(executor: Executor, count: int) -> None:
+    """Start the processes with signals of a terminal blocked, as they are then from the beginning.
+
+    Until _start has run, Ctrl-C would print a traceback in each.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        return
+    resource_tracker.ensure_running()  # its start would unblock signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _of_a_terminal())
+    try:
+        for _ in range(count):
+            executor.submit(int)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _of_a_terminal() -> list[signal.Signals]:
+    """What a terminal sends to all processes of a command: Ctrl-C, and its own end."""
+    return [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
+
+
 def _start() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for each in _of_a_terminal():
+        signal.signal(each, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
