@@ -51,7 +51,7 @@ class BF16Array:
 
         Two weights are one 32-bit word, and each is a float32 once the other one's bits are zero.
         That moves two thirds of the bytes through the cache that `into` and one product do, which
-        is what a single row waits for: measured, see docs/10-weights.md.
+        is what a single row waits for.
         """
         O, I = self.shape
         if I % 2:

@@ -76,10 +76,7 @@ def is_ready(weight: Weight, dtype: DTypeLike) -> TypeGuard[Array]:
 
 
 def ready(weight: Weight, dtype: DTypeLike) -> Array:
-    """The weight in `dtype`, same shape: itself, or in memory that the thread's next call reuses.
-
-    Source: measured, see docs/10-weights.md.
-    """
+    """The weight in `dtype`: itself, or a copy in memory that the thread's next call reuses."""
     if is_ready(weight, dtype):
         return weight
     out = scratch(weight.shape, dtype)  # [O, I] float32 or float64

@@ -18,30 +18,17 @@ from tests.book import (
     reaches,
     title,
 )
-from tests.sources import SOURCES
 from tests.test_house import ORDER
 
 BOOK = chapters()
 WRITTEN = [path for path in BOOK if path.name != "13-footguns.md"]  # that one test_museum makes
 PAGES = [DOCS / "README.md", DOCS / "names.md", *BOOK]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-NUMBER = re.compile(r"(?<![\w.,/#-])\d[\d,]*(?:\.\d+)?")
-SMALL = 20  # counts that a reader sees at a glance
 NOT_RUN = re.compile(r"<!-- not run: .+? -->\n```\w+\n.*?^```$", re.M | re.S)
 
 
 def name(path: Path) -> str:
     return path.stem
-
-
-def numbers(text: str) -> set[str]:
-    """The numbers in a text, without the commas between thousands and zeros at the end."""
-    return {plain(found.strip(",")) for found in NUMBER.findall(text)}
-
-
-def plain(number: str) -> str:
-    number = number.replace(",", "")
-    return number.rstrip("0").rstrip(".") if "." in number else number
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)
@@ -61,21 +48,6 @@ def test_code_in_a_chapter_is_quoted_run_or_a_doctest(path: Path) -> None:
     for language, code in FENCE.findall(text):
         is_doctest = language == "python" and code.startswith(">>> ")
         assert is_doctest or language in ("math", "text"), f"nobody runs this:\n{code}"
-
-
-@pytest.mark.parametrize("path", WRITTEN, ids=name)
-def test_numbers_in_the_prose_are_printed_by_the_chapter_or_have_a_source(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    configs = TOP / "tiny_configs"
-    known = numbers((configs / "step-3.5-flash" / "config.json").read_text()) | set(SOURCES)
-    for _, code in FENCE.findall(text):
-        known |= numbers(code)
-    prose, _, _ = text.partition("## Exercises")
-    prose = re.sub(
-        r"<!--.*?-->|\]\([^)]*\)|https?://\S+|arXiv \S+", "", FENCE.sub("", prose), flags=re.S
-    )
-    said = {n for n in numbers(prose) if "." in n or int(n) > SMALL}
-    assert not said - known, sorted(said - known)
 
 
 @pytest.mark.parametrize("path", WRITTEN, ids=name)

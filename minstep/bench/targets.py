@@ -1,7 +1,6 @@
 """What `minstep bench` is to reach: a table, so that every figure has one place.
 
-Source: what a plain NumPy program was measured to reach on two cores (docs/10-weights.md, and the
-issue that asked for this bench). A target missed is printed, and is nobody's error: timings are
+Source: goals of this project. A target missed is printed, and is nobody's error: timings are
 noisy, and machines differ in what they lack.
 """
 

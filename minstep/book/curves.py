@@ -138,7 +138,7 @@ def precision_svg(block: NDArray[np.float32]) -> str:
 
 
 def fp8_values(scale: NDArray[np.float32]) -> Array:
-    """The positive numbers of FP8 in increasing order, times scale [1, 1]: [126] float64."""
+    """The positive numbers of FP8 in increasing order, times scale [1, 1], in float64."""
     codes = np.arange(1, 0x7F, dtype=np.uint8)[None]  # [1, 126]
     return np.asarray(FP8Array(codes, scale, codes.shape, "codes"), np.float64)[0]
 

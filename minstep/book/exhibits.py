@@ -96,7 +96,7 @@ ANGLES = (
     Exhibit("rope-theta", "The first rope_theta taken for all layers", POSITIONS,
         ("first element of rope_theta taken for all layers",),
         "rope_theta is a list with an entry for each layer. Code that wants one number takes the "
-        "first, which is that of a full layer, 500 times too large for a sliding one. Inside a "
+        "first, the 5,000,000 of a full layer, where a sliding one has 10,000. Inside a "
         "window most pairs then hardly turn, and the layer loses the order of what it sees.",
         (
             Met("ggml-org/llama.cpp/pull/19283",

@@ -15,6 +15,7 @@ from minstep.book.footgun import agreed, error, kept, number, one_line, setting_
 from minstep.book.museum import EXHIBITS, changes, measured_all, ways
 from minstep.config import load_config
 from minstep.configs import find_config
+from minstep.lab.compare import TOLERANCES
 
 HEAD = """\
 # 13. The footgun museum
@@ -58,9 +59,9 @@ hardly at all, so that clamps are tried with limits an {tighter}th as large.
 
 ## All of them
 
-*departs first*: the first tensor that differs by more than 1e-10 of its largest value, from which
-token on, and by how much of that value; of chosen experts, what share of them. *drafts kept*: of
-{depths} a pass, while continuing the prompts; passes are few, and a difference of 0.1 or 0.2 may be
+*departs first*: the first tensor that differs by more than {exact:g} of its largest value, from
+which token on, and by how much of that value; of chosen experts, what share of them. *drafts kept*:
+of {depths} a pass, while continuing the prompts; passes are few, and a small difference may be
 chance. *depths agree*: how often each of the draft depths guesses in the text what the main model
 does. Of several bugs in an exhibit the first stands here. An arrow leads from the right figure
 where that is another one, since something had to be changed for the bug to show.
@@ -91,7 +92,7 @@ ASIDE = (DRAFTS, DECODING, FILES)
 def museum_page(reports: Sequence[dict[str, Any]] | None = None) -> str:
     """The text of docs/13-footguns.md, but for the links to the chapters beside it.
 
-    `reports`: those of museum.measured_all, which takes about half a minute where it is left out.
+    `reports`: those of museum.measured_all, which run here, slowly, where it is left out.
     """
     reports = measured_all() if reports is None else reports
     plain = reports[0]  # an exhibit that changes nothing but a line
@@ -106,6 +107,7 @@ def museum_page(reports: Sequence[dict[str, Any]] | None = None) -> str:
         findings=_findings(reports),
         window=max(spec.window or 0 for spec in config.layers),
         tighter=TIGHTER,
+        exact=TOLERANCES["float64"],
         depths=len(config.mtp_layers),
     )
     lines = [_row(report) for report in reports]
@@ -133,10 +135,11 @@ def _findings(reports: Sequence[dict[str, Any]]) -> str:
     told = (
         f"{len(ran)} bugs are in the main model. {loud} of them at least double the perplexity: "
         f"any text shows those. {quiet} raise it by less than a twentieth, or not at all.",
-        f"{same} leave the greedy text of every prompt as it was. Nobody finds these by reading "
-        "what the model says.",
-        f"With {more} more drafts are kept than without. Acceptance measures drafts, not the "
-        "model: where that is spoiled it often repeats itself, which is easily foretold.",
+        f"{same} of the bugs leave the greedy text of every prompt as it was. Nobody finds these "
+        "by reading what the model says.",
+        f"{more} of the bugs raise acceptance: more drafts are kept than without the bug. "
+        "Acceptance measures drafts, not the model: a model that repeats itself is easily "
+        "predicted.",
     )
     return "\n".join(_filled(text, "- ") for text in told)
 

@@ -1,4 +1,4 @@
-"""What `minstep cost` found, as text for a terminal: sections with headings, in about 75 lines.
+"""What `minstep cost` found, as text for a terminal: sections with headings.
 
 Checked by: tests/test_cost_command.py
 """
@@ -27,7 +27,7 @@ def cost_text(report: dict[str, Any]) -> str:
 
 
 def si(value: float) -> str:
-    """A number in three or four digits with a prefix: 22.92G, 1.885M, 104.5."""
+    """A number in three or four digits, with the prefix k, M, G or T where it is large."""
     for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e4)):
         if value >= size:
             return f"{value / (1e3 if prefix == 'k' else size):.4g}{prefix}"

@@ -40,7 +40,7 @@ def python_documents() -> list[Document]:
     First the language reference's topics (`help("with")`), then the docstrings of the standard
     library's modules in Python, read from source, then those of the modules in C, which have to be
     imported. A docstring that stands in several places is given where it comes first. Another
-    version or build of Python has other text. Takes about two seconds.
+    version or build of Python has other text.
     Raises InputError when this Python has come without any.
     Checked by: tests/test_data.py
     """
@@ -63,9 +63,10 @@ def python_documents() -> list[Document]:
 
 
 def file_documents(files: Sequence[Path]) -> list[Document]:
-    """The user's files, cut into sections of about 4 kB at blank lines, or where there are none.
+    """The user's files, cut at blank lines into sections of SECTION characters and a little more.
 
-    Their text is as it stands, but for the ends of lines. A section is named file/PATH#N, from 1.
+    Where a blank line is far, a section ends at the end of a line, or anywhere. Their text is as it
+    stands, but for the ends of lines. A section is named file/PATH#N, from 1.
     Raises InputError for a file that cannot be read, is empty or is not UTF-8.
     Checked by: tests/test_data.py
     """

@@ -194,7 +194,7 @@ def add_part(gradient: Array, part: Part) -> None:
     elif _is_rows(index):
         order = np.argsort(index % len(gradient), kind="stable")
         rows, starts = np.unique(index[order] % len(gradient), return_index=True)
-        # np.add.at is ten times slower on whole rows.
+        # np.add.at is slower on whole rows.
         gradient[rows] += np.add.reduceat(added[order], starts, axis=0)
     else:
         np.add.at(gradient, index, added)
