@@ -9,7 +9,7 @@ from numpy.typing import DTypeLike
 from minstep.config import LayerSpec
 from minstep.files import InputError
 from minstep.tap import Array
-from minstep.validation import check_float, check_integer
+from minstep.validation import check_integer
 
 
 class Past(NamedTuple):
@@ -106,10 +106,8 @@ def new_caches(
     """An empty cache for each layer: a window where it slides, everything where it does not.
 
     `slack` positions can be rolled back, appends have at most `longest` positions, and `room` in
-    all are expected. Raises InputError for what are no whole numbers or of no use, and for another
-    dtype than float32 and float64.
+    all are expected. Raises InputError for what are no whole numbers, and for too few of them.
     """
-    dtype = check_float(dtype)
     for name, count, least in (("slack", slack, 0), ("longest", longest, 1), ("room", room, 0)):
         check_integer(name, count, least)
     return [

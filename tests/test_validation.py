@@ -115,7 +115,6 @@ CASES: list[Case] = [
     ("how", lambda x: steps(how=x), [None, 1.0, "greedy", (1.0, 0, 1.0, 0.0, 1.0), {}]),
     ("dtype", lambda x: steps(dtype=x), NO_FLOATS),
     ("decoder, dtype", lambda x: minstep.decoder(PROMPT, WEIGHTS, CONFIG, x), NO_FLOATS),
-    ("caches, dtype", lambda x: new_caches(CONFIG.layers, x, 0, 1), NO_FLOATS),
     ("slack", lambda x: new_caches(CONFIG.layers, "f4", x, 1), [*NO_COUNTS, None]),
     ("longest", lambda x: new_caches(CONFIG.layers, "f4", 0, x), [*NO_COUNTS, None, 0]),
     ("room", lambda x: new_caches(CONFIG.layers, "f4", 0, 1, x), [*NO_COUNTS, None]),
