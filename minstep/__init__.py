@@ -30,7 +30,7 @@ What stands in this package itself:
     decoder          token ids through every layer: the last hidden states
     head             hidden states to logits
     mtp_forward      the logits of each draft layer over a text that is known
-    InputError       what is raised for wrong files, configs and tokens
+    InputError       what is raised for wrong files, configs, numbers and tokens
 
 Imports run one way: the model never imports train, which differentiates it, lab, which looks at it
 from outside, nor book, which has the figures, exercises and known bugs. A first run, with random

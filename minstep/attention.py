@@ -12,6 +12,7 @@ from minstep.norm import rms_norm
 from minstep.parallel import each, fetch, scratch
 from minstep.rope import Rotation, rotate
 from minstep.tap import Array, Tap, silent
+from minstep.validation import check_finite
 
 ROWS, KEYS = 512, 2048  # of a block: 4 MB of scores in float32, which stay in cache
 LARGE = 1 << 17  # more scores are held at once only for a tap that wants them
@@ -60,7 +61,9 @@ def self_attention(
     past = whole(k, v) if cache is None else cache.append(k, v)  # [G, S, K]
     heads = attend(q, past, past.start + past.keys.shape[1] - T, spec.window, tap)
     if weights.g_proj is not None:
-        gate = sigmoid(tap("g_proj", linear(x, weights.g_proj)))  # [T, H]
+        logits = tap("g_proj", linear(x, weights.g_proj))  # [T, H]
+        check_finite(("self_attn.g_proj", logits))
+        gate = sigmoid(logits)
         heads = heads * gate[:, :, None]
     return tap("o_proj", linear(heads.reshape(T, H * K), weights.o_proj))  # [T, D]
 

@@ -7,7 +7,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from minstep.config import LayerSpec
+from minstep.files import InputError
 from minstep.tap import Array
+from minstep.validation import check_integer
 
 
 class Past(NamedTuple):
@@ -104,14 +106,34 @@ def new_caches(
     """An empty cache for each layer: a window where it slides, everything where it does not.
 
     `slack` positions can be rolled back, appends have at most `longest` positions, and `room` in
-    all are expected.
+    all are expected. Raises InputError for what are no whole numbers, and for too few of them.
     """
+    for name, count, least in (("slack", slack, 0), ("longest", longest, 1), ("room", room, 0)):
+        check_integer(name, count, least)
     return [
         FullCache(spec.groups, spec.head_dim, dtype, room)
         if spec.window is None
         else WindowCache(spec.groups, spec.head_dim, dtype, spec.window, slack, longest)
         for spec in specs
     ]
+
+
+def check_caches(caches: Sequence[FullCache], specs: Sequence[LayerSpec], dtype: DTypeLike) -> None:
+    """Raise InputError unless there is a cache for each layer, all of `dtype` and equally full.
+
+    A cache that forgets what its layer still sees, or has other heads, is of another layer.
+    """
+    if len(caches) != len(specs):
+        raise InputError(f"there are {len(caches)} caches, expected one for each of {len(specs)}")
+    end = caches[0].end
+    for cache, spec in zip(caches, specs, strict=True):
+        (groups, _, width), found = cache.keys.shape, cache.keys.dtype
+        if found != dtype or cache.end != end:
+            message = f"holds {cache.end} positions in {found}, expected {end} in {dtype}"
+            raise InputError(f"the cache of {spec.name} {message}")
+        forgets = cache.keep is not None and (spec.window is None or cache.keep < spec.window - 1)
+        if forgets or groups != spec.groups or width != spec.head_dim:
+            raise InputError(f"the cache of {spec.name} is of another kind of layer")
 
 
 def _moved(old: Array, first: int, last: int, room: int) -> Array:

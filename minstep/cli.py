@@ -42,6 +42,7 @@ from minstep.lab.flags import add_lab_commands
 from minstep.lab.labs import add_labs
 from minstep.lab.view import add_view
 from minstep.lab.walk import add_walk
+from minstep.sampling import LIMITS
 from minstep.terminal import note
 from minstep.train.flags import add_train
 
@@ -197,17 +198,17 @@ def _decoding_flags(
     add.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
 
     how = add.add_argument_group("sampling")
-    from_zero, share = number("of at least 0", lambda x: x >= 0), "above 0 and at most 1"
     text = f"0 is greedy ({temp:g})"
+    from_zero = number(*LIMITS["temperature"])
     how.add_argument("--temp", type=from_zero, default=temp, metavar="T", help=text)
-    above, text = number(share, lambda x: 0 < x <= 1), f"keep this much probability ({top_p:g})"
+    above, text = number(*LIMITS["top_p"]), f"keep this much probability ({top_p:g})"
     how.add_argument("--top-p", type=above, default=top_p, metavar="P", help=text)
     text = "keep the K likeliest tokens (0, all)"
     how.add_argument("--top-k", type=at_least(0), default=0, metavar="K", help=text)
-    within, text = number("from 0 to 1", lambda x: 0 <= x <= 1), "as a share of the likeliest (0)"
+    within, text = number(*LIMITS["min_p"]), "as a share of the likeliest (0)"
     how.add_argument("--min-p", type=within, default=0.0, metavar="P", help=text)
     text = "of tokens in the text so far (1, none)"
-    positive = number("from 0.01 to 100", lambda x: 0.01 <= x <= 100)
+    positive = number(*LIMITS["repetition_penalty"])
     how.add_argument("--repetition-penalty", type=positive, default=1.0, metavar="X", help=text)
     how.add_argument("--seed", type=seed, default=0, metavar="N", help="of the draws (0)")
 

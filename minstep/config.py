@@ -13,9 +13,11 @@ Differs: the class defaults of the released configuration disagree with the rele
 Checked by: tests/test_config.py
 """
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minstep.files import InputError
 from minstep.keys import Keys, read_json
 from minstep.native import hub_config
 from minstep.quantization import Quantization, parse_quantization
@@ -92,6 +94,8 @@ class Config(NamedTuple):
 
 def load_config(path: Path | str) -> Config:
     """Read `path`, a config.json or the folder that holds one. Raises InputError naming the key."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"the path of a config is a {type(path).__name__}, expected a path")
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     return parse_config(hub_config(read_json(file), str(file)), str(file))
@@ -102,7 +106,10 @@ def parse_config(raw: dict[str, Any], source: str = "config.json") -> Config:
     keys = Keys(raw, source)
     only = {"model_type": "step3p5", "zero_centered": True, "use_qk_norm": True}
     for key, expected in only.items():
-        keys.require(key, raw.get(key) == expected, f"expected {expected!r}")
+        same = type(raw.get(key)) is type(expected) and raw[key] == expected
+        keys.require(key, same, f"expected {expected!r}")
+    normalises = raw.get("norm_expert_weight", True) is True
+    keys.require("norm_expert_weight", normalises, "expected true: engines differ on what false is")
     lengths = [keys.integer(k) for k in ("max_seq_len", "max_position_embeddings") if k in raw]
     keys.require("max_position_embeddings", bool(lengths), "expected a positive integer")
     keys.require("max_seq_len", len(set(lengths)) == 1, "expected max_position_embeddings' value")
@@ -120,7 +127,7 @@ def parse_config(raw: dict[str, Any], source: str = "config.json") -> Config:
         hidden_size=keys.integer("hidden_size"),
         vocab_size=keys.integer("vocab_size"),
         max_positions=lengths[0],
-        rms_norm_eps=keys.number("rms_norm_eps"),
+        rms_norm_eps=keys.number("rms_norm_eps", most=1),
         bos_token_id=keys.integer("bos_token_id", minimum=0),
         eos_token_ids=eos,
         tie_word_embeddings=keys.boolean("tie_word_embeddings"),
@@ -153,7 +160,7 @@ def _layers(keys: Keys, main: int, depths: int) -> tuple[LayerSpec, ...]:
         keys.require(
             f"layer_types[{n}]", kind in (FULL, SLIDING), f"expected {FULL} or {SLIDING}", kind
         )
-        keys.positive(f"rope_theta[{n}]", thetas[n])
+        keys.positive(f"rope_theta[{n}]", thetas[n], least=1)  # no pair turns faster than the first
         factor = keys.positive(f"partial_rotary_factors[{n}]", factors[n])
         keys.require(f"partial_rotary_factors[{n}]", factor <= 1, "expected at most 1", factor)
         rotary_dim = int(head_dim * factor)
@@ -222,20 +229,23 @@ def _scaling(keys: Keys) -> tuple[Llama3Scaling | None, tuple[str, ...]]:
     low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
     inner.require("high_freq_factor", high > low, f"expected more than low_freq_factor's {low}")
     original = inner.integer("original_max_position_embeddings")
-    return Llama3Scaling(inner.number("factor"), low, high, original), tuple(kinds)
+    factor = inner.number("factor", least=0.1)
+    return Llama3Scaling(factor, low, high, original), tuple(kinds)
 
 
 def _moe(keys: Keys, main: int) -> tuple[frozenset[int], MoESpec | None]:
     """The indices of MoE layers, and what those layers are."""
-    if not keys.boolean("use_moe"):
-        return frozenset(), None
-    listed = keys.get("moe_layers_enum")
+    use_moe = keys.boolean("use_moe")
+    listed = keys.get("moe_layers_enum") if use_moe else keys.raw.get("moe_layers_enum") or []
     if isinstance(listed, str):
         parts = [part.strip() for part in listed.split(",") if part.strip()]
         listed = [int(part) if part.isdecimal() and len(part) < 10 else part for part in parts]
     known = isinstance(listed, list) and all(type(i) is int and 0 <= i < main for i in listed)
     message = f"expected comma-joined layer numbers from 0 to {main - 1}"
     keys.require("moe_layers_enum", known, message)
+    if not use_moe:
+        keys.require("moe_layers_enum", not listed, "expected no layers, since use_moe is false")
+        return frozenset(), None
     is_sigmoid = keys.get("moe_router_activation") == "sigmoid"
     keys.require("moe_router_activation", is_sigmoid, "expected 'sigmoid'")
     experts, top_k = keys.integer("moe_num_experts"), keys.integer("moe_top_k")
@@ -245,6 +255,6 @@ def _moe(keys: Keys, main: int) -> tuple[frozenset[int], MoESpec | None]:
         top_k=top_k,
         width=keys.integer("moe_intermediate_size"),
         shared_width=keys.integer("share_expert_dim"),
-        scaling_factor=keys.number("moe_router_scaling_factor"),
+        scaling_factor=keys.number("moe_router_scaling_factor", most=1e6),
         has_bias=keys.boolean("use_moe_router_bias"),
     )

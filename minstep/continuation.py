@@ -10,6 +10,7 @@ from minstep.files import peak_memory
 from minstep.generate import Step
 from minstep.sampling import log_probabilities
 from minstep.tokenizer import StreamingText
+from minstep.validation import check_integer
 
 
 class Pass(NamedTuple):
@@ -30,7 +31,8 @@ class Continuation:
     """A prompt's continuation as it comes: iterate for its text; the rest is known as it goes on.
 
     Without a text stream there is an empty piece for each token. The time up to the first token is
-    the prompt's. Ends where the steps do, or at a stop text ("stop").
+    the prompt's. Ends where the steps do, or at a stop text ("stop"). Raises InputError as they do,
+    and for `logprobs` below 0.
     Checked by: tests/test_continuation.py
     """
 
@@ -43,7 +45,8 @@ class Continuation:
         self.stop = "interrupted"  # until it ends: then "eos", "length", "context" or "stop"
         self.logprobs: list[dict[str, Any]] = []  # for each token, when asked for
         self.prompt_seconds = self.seconds = 0.0
-        self._steps, self._stream, self._alternatives = steps, stream, logprobs
+        self._steps, self._stream = steps, stream
+        self._alternatives = check_integer("logprobs", logprobs, 0)
 
     def __iter__(self) -> Iterator[str]:
         started = time.perf_counter()

@@ -13,6 +13,14 @@ from minstep.model import ModelWeights, decoder, head
 from minstep.mtp import Drafter
 from minstep.sampling import GREEDY, Sampling, verify
 from minstep.tap import Array
+from minstep.validation import (
+    check_float,
+    check_generator,
+    check_ids,
+    check_integer,
+    integer_ids,
+    is_finite,
+)
 
 RESERVED = 1024  # positions reserved for new tokens; caches grow by doubling beyond them
 
@@ -27,21 +35,20 @@ class Step(NamedTuple):
     stop: str | None  # why the text ends here: "eos", "length" or "context"
 
 
-def check_prompt(tokens: Sequence[int], config: Config) -> None:
-    """Raise InputError for an empty prompt, one over the context, or an id out of range."""
-    if len(tokens) == 0:
+def check_prompt(tokens: Sequence[int], config: Config) -> list[int]:
+    """The prompt as a list of ints, whatever row of integers it is.
+
+    Raises InputError for an empty prompt, one over the context, or an id out of range.
+    """
+    ids = integer_ids(tokens)  # [T]
+    if not ids.size:
         raise InputError("the prompt is empty, expected at least one token")
-    if len(tokens) > config.max_positions:
+    if ids.size > config.max_positions:
         raise InputError(
-            f"the prompt has {len(tokens)} tokens, expected at most max_position_embeddings' "
+            f"the prompt has {ids.size} tokens, expected at most max_position_embeddings' "
             f"{config.max_positions}"
         )
-    for position, token in enumerate(tokens):
-        if not 0 <= token < config.vocab_size:
-            raise InputError(
-                f"token id {token} at position {position} is out of range, "
-                f"expected 0 to {config.vocab_size - 1}"
-            )
+    return check_ids(ids, config.vocab_size).tolist()
 
 
 def prefill(
@@ -57,9 +64,10 @@ def prefill(
     """Run the prompt through the model, `chunk` tokens at a time: logits [1, V] after its end.
 
     Every split gives the same numbers up to rounding; chunks bound the memory that scores take.
-    `progress` is called with the number of tokens done after each.
+    `progress` is called with the number of tokens done after each. Raises InputError as steps does.
     """
-    size = chunk or len(tokens)
+    tokens = check_prompt(tokens, config)
+    size = len(tokens) if chunk is None else check_integer("chunk", chunk, 1)
     for start in range(0, len(tokens), size):
         part = tokens[start : start + size]
         x = decoder(part, weights, config, dtype, caches)  # [T, D]
@@ -86,11 +94,21 @@ def steps(
     Each step drafts `num_draft_tokens` tokens (None: one for each MTP layer), runs them through the
     main model at once, and keeps those it would have chosen. Greedy tokens are those without
     drafts, sampled ones have the same distribution. The same arguments and the same state of `rng`
-    give the same steps. Raises InputError for a bad prompt, and for logits that are not finite.
+    give the same steps. Raises InputError for a bad prompt, for numbers that can mean nothing, and
+    for logits, of the main model or of a draft, that are not finite.
     Source: report section 2 (MTP-3); speculative sampling, arXiv 2211.17192.
     Checked by: tests/test_generate.py, tests/test_drafts.py
     """
-    check_prompt(prompt, config)
+    prompt = check_prompt(prompt, config)
+    max_tokens = check_integer("max_tokens", max_tokens, 0)
+    dtype = check_float(dtype)
+    check_generator(rng)
+    if not hasattr(how, "temperature"):
+        raise InputError(f"how is a {type(how).__name__}, expected a Sampling")
+    if chunk is not None:
+        chunk = check_integer("chunk", chunk, 1)
+    if num_draft_tokens is not None:
+        check_integer("num_draft_tokens", num_draft_tokens, 0, len(config.mtp_layers))
     tokens, limit = list(prompt), min(len(prompt) + max_tokens, config.max_positions)
     at_limit = "length" if limit == len(prompt) + max_tokens else "context"
     if len(tokens) == limit:
@@ -107,7 +125,7 @@ def steps(
     ends = () if ignore_eos else config.eos_token_ids
     stop = None
     while not stop:
-        if not np.isfinite(logits).all():
+        if not is_finite(logits):
             after = f"after {len(tokens)} tokens"
             raise InputError(f"the logits {after} are not finite, expected weights without NaN")
         accepted, token = verify(drafts, q, logits, tokens, how, rng)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from minstep.files import InputError, read_file, shown
 MAX_JSON = 16_000_000  # bytes: an index of 100,000 tensors takes 10 MB
 FINITE = "expected finite numbers"
 MAX_INTEGER = 2**31 - 1  # far above any size of a model, far below what overflows
+LEAST, MOST = 1e-30, 1e30  # what float32 holds, with room to multiply and divide
 
 
 def read_json(file: Path, kind: type = dict) -> Any:
@@ -105,14 +105,15 @@ class Keys:
         self.require(key, value <= maximum, f"expected at most {maximum}")
         return int(value)
 
-    def number(self, key: str) -> float:
-        """A finite number above 0."""
-        return self.positive(key, self.get(key))
+    def number(self, key: str, least: float = LEAST, most: float = MOST) -> float:
+        """A number from `least` to `most`."""
+        return self.positive(key, self.get(key), least, most)
 
-    def positive(self, key: str, value: Any) -> float:
-        """`value`, found at `key`, as a finite number above 0."""
-        good = type(value) in (int, float) and 0 < value <= sys.float_info.max
+    def positive(self, key: str, value: Any, least: float = LEAST, most: float = MOST) -> float:
+        """`value`, found at `key`, as a number from `least` to `most`."""
+        good = type(value) in (int, float) and value > 0
         self.require(key, good, "expected a number above 0", value)
+        self.require(key, least <= value <= most, f"expected {least:g} to {most:g}", value)
         return float(value)
 
     def boolean(self, key: str) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from minstep.attention import AttentionWeights, self_attention
-from minstep.cache import FullCache
+from minstep.cache import FullCache, check_caches
 from minstep.config import Config, LayerSpec, RopeSpec
 from minstep.files import InputError
 from minstep.linear import Weight, as_float, linear
@@ -17,6 +17,13 @@ from minstep.norm import rms_norm
 from minstep.pages import check
 from minstep.rope import Rotation, rotation
 from minstep.tap import Array, Tap, silent
+from minstep.validation import (
+    NotFinite,
+    check_float,
+    check_ids,
+    check_states,
+    integer_ids,
+)
 
 
 class BlockWeights(NamedTuple):
@@ -56,15 +63,9 @@ def embed(tokens: Sequence[int], embed_tokens: Weight, dtype: DTypeLike) -> Arra
 
     Raises InputError for no ids at all, and for an id that is not in the vocabulary.
     """
-    ids = np.asarray(tokens)  # [T]
-    V = embed_tokens.shape[0]
-    if ids.size == 0 or ids.dtype.kind not in "iuO":
-        raise InputError(f"tokens are {list(tokens)!r:.80}, expected one or more integer ids")
-    if ids.size and not 0 <= ids.min() <= ids.max() < V:
-        bad = ids[(ids < 0) | (ids >= V)][0]  # NumPy would take a negative id from the end
-        raise InputError(f"token id {bad} is out of range, expected 0 to {V - 1}")
+    ids = check_ids(integer_ids(tokens), embed_tokens.shape[0])  # [T]
     check(embed_tokens)
-    return as_float(embed_tokens[ids.astype(np.intp)], dtype)  # [T, D]
+    return as_float(embed_tokens[ids], dtype)  # [T, D]
 
 
 def block(
@@ -106,12 +107,20 @@ def decoder(
     """Embed the tokens and run every main layer: the states before the final norm.
 
     `tokens`: T ids. With caches, one per layer, the tokens continue what the caches hold; without,
-    they are the whole sequence. Returns [T, D] in `dtype`, which every activation has.
+    they are the whole sequence. Returns [T, D] in `dtype`, which every activation has. Raises
+    InputError for what are no token ids, for another dtype than float32 and float64, for caches of
+    other layers or of another dtype, and beyond the context.
     Source: Step3p5Model.forward in modeling_step3p5.py.
     Checked by: tests/test_golden.py
     """
+    dtype = check_float(dtype)
+    if caches is not None:
+        check_caches(caches, config.layers, dtype)
     first = caches[0].end if caches else 0
     x = tap("model.embed_tokens", embed(tokens, weights.embed_tokens, dtype))  # [T, D]
+    if first + len(x) > config.max_positions:
+        end = f"{first + len(x)} positions"
+        raise InputError(f"the text has {end}, expected at most {config.max_positions}")
     return run_layers(x, weights.layers, config.layers, first, config.rms_norm_eps, caches, tap)
 
 
@@ -132,13 +141,20 @@ def run_layers(
     tables = rotations(specs, first, len(x), x.dtype)
     for n, (layer, spec) in enumerate(zip(layers, specs, strict=True)):
         cache = caches[n] if caches else None
-        x = block(x, layer, spec, tables[spec.rope], eps, cache, tap.at(spec.name))  # [T, D]
+        try:
+            x = block(x, layer, spec, tables[spec.rope], eps, cache, tap.at(spec.name))  # [T, D]
+        except NotFinite as error:
+            raise error.inside(spec.name) from error
         x = tap(spec.name, x)
     return x
 
 
 def head(x: Array, weights: ModelWeights, config: Config, tap: Tap = silent) -> Array:
-    """Final norm and output projection: states [T, D] -> logits [T, V]."""
+    """Final norm and output projection: states [T, D] -> logits [T, V].
+
+    Raises InputError for states of another width, or that are neither float32 nor float64.
+    """
+    check_states(x, config.hidden_size)
     normed = tap("model.norm", rms_norm(x, weights.norm, config.rms_norm_eps))
     return tap("lm_head", linear(normed, weights.lm_head))  # [T, V]
 

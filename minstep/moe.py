@@ -9,11 +9,13 @@ from numpy.typing import NDArray
 
 from minstep.activations import sigmoid
 from minstep.config import MoESpec
+from minstep.files import InputError
 from minstep.linear import Weight, as_float, linear
 from minstep.mlp import MLPWeights, swiglu
 from minstep.pages import check, reads_disk, will_need
 from minstep.parallel import LARGE, each, scratch
 from minstep.tap import Array, Tap, silent
+from minstep.validation import check_finite
 
 FEW = 1 << 18  # weight elements of a copy of every chosen expert's matrix: 1 MB of float32
 
@@ -39,6 +41,7 @@ def route(x: Array, weights: MoEWeights, spec: MoESpec, tap: Tap = silent) -> Ch
     """Choose A of E experts for each token, and weigh them.
 
     x [T, D] float32 or float64, so the router never runs below float32. Ties go to the lower id.
+    Raises InputError for logits or a bias that are not finite: any choice could come of them.
     Source: the router of Step3p5MoEMLP in modeling_step3p5.py; loss-free balancing, report
         section 2.
     Differs: the bias decides who is chosen and never touches the weights, which are the raw
@@ -51,6 +54,7 @@ def route(x: Array, weights: MoEWeights, spec: MoESpec, tap: Tap = silent) -> Ch
     biased = scores
     if weights.router_bias is not None:
         biased = scores + as_float(weights.router_bias, x.dtype)
+    check_finite(("moe.gate", logits), ("moe.router_bias on scores", biased))
     order = np.argsort(-biased, axis=-1, kind="stable")  # best first
     if tap.wants("margin") and spec.top_k < spec.experts:
         ranked = np.take_along_axis(biased, order, axis=-1)
@@ -65,12 +69,16 @@ def route(x: Array, weights: MoEWeights, spec: MoESpec, tap: Tap = silent) -> Ch
 def experts(x: Array, weights: MoEWeights, choice: Choice, limit: float | None) -> Array:
     """Sum the chosen experts' outputs, each scaled by its weight.
 
-    x [T, D]. Returns [T, D] in x's dtype. One choice of one token is a slot: there are T*A.
+    x [T, D]. Returns [T, D] in x's dtype. One choice of one token is a slot: there are T*A. Raises
+    InputError for the id of an expert that there is not.
     Source: Step3p5MoEMLP in modeling_step3p5.py.
     Checked by: tests/test_moe.py
     """
     T, A = choice.ids.shape
-    flat = choice.ids.ravel()  # [T*A]
+    flat, E = choice.ids.ravel(), weights.gate_proj.shape[0]  # [T*A]
+    used = flat.tolist()
+    if min(used) < 0 or max(used) >= E:
+        raise InputError(f"experts {min(used)} to {max(used)} are chosen, expected 0 to {E - 1}")
     slots = x[np.repeat(np.arange(T), A)]  # [T*A, D]
     check(weights.gate_proj)
     stacks, size = weights[2:], math.prod(weights.gate_proj.shape[1:])

@@ -7,12 +7,14 @@ from numpy.typing import DTypeLike
 
 from minstep.cache import FullCache, new_caches
 from minstep.config import Config, LayerSpec
+from minstep.files import InputError
 from minstep.linear import Weight, linear
 from minstep.model import ModelWeights, MTPWeights, block, embed, rotations
 from minstep.norm import rms_norm
 from minstep.rope import Rotation
 from minstep.sampling import Sampling, distribution, draw
 from minstep.tap import Array, Tap, silent
+from minstep.validation import NotFinite, check_finite, check_ids, check_states, integer_ids
 
 
 def mtp_depth(
@@ -43,7 +45,10 @@ def mtp_depth(
     state = rms_norm(hidden, weights.hnorm, eps)
     pair = np.concatenate((embedding, state), axis=-1)  # [T, 2*D]
     x = tap("eh_proj", linear(pair, weights.eh_proj))  # [T, D]
-    return block(x, weights.block, spec, table, eps, cache, tap)
+    try:
+        return block(x, weights.block, spec, table, eps, cache, tap)
+    except NotFinite as error:
+        raise error.inside(spec.name) from error
 
 
 def mtp_head(x: Array, weights: MTPWeights, eps: float, tap: Tap = silent) -> Array:
@@ -60,9 +65,13 @@ def mtp_forward(
 
     `tokens`: T ids; hidden [T, D] from decoder(). Depth k runs over positions 0 .. T-1-k; depths
     that have no position left are skipped. Returns, for each depth k that ran, logits [T-k, V].
+    Raises InputError for what are no token ids, and for states that are not theirs.
     """
-    logits = []
-    T = len(tokens)
+    check_states(hidden, config.hidden_size)
+    check_ids(integer_ids(tokens), config.vocab_size)
+    logits, T = [], len(tokens)
+    if T - len(hidden) not in (0, 1):  # nothing comes after the last state
+        raise InputError(f"there are {T} tokens for {len(hidden)} hidden states, expected as many")
     tables = rotations(config.mtp_layers, 0, T, hidden.dtype)
     for k, (layer, spec) in enumerate(zip(weights.mtp, config.mtp_layers, strict=True), start=1):
         if T <= k:
@@ -105,7 +114,11 @@ class Drafter:
         self.states = np.empty((0, config.hidden_size), dtype)  # h^0 [rows, D] from there on
 
     def feed(self, tokens: Sequence[int], hidden: Array) -> None:
-        """Take h^0 [T, D] of the next T positions of `tokens`, the text from its beginning."""
+        """Take h^0 [T, D] of the next T positions of `tokens`, the text from its beginning.
+
+        Raises InputError where they, or the states of a depth, are not finite.
+        """
+        check_finite((self.config.layers[-1].name, hidden))
         self.states = np.concatenate((self.states, hidden))  # [rows, D]
         known = max(0, min(len(self.states), len(tokens) - self.count - self.first))
         x = self.states[:known]  # [known, D]
@@ -119,16 +132,20 @@ class Drafter:
         """Draft a token with each depth in turn, and say from what distribution [V] each was drawn.
 
         `tokens` is the text so far; hidden [T, D] is h^0 of its positions that were not fed yet, up
-        to the one before the last. Near the end of the context there are fewer drafts.
+        to the one before the last. Near the end of the context there are fewer drafts. Raises
+        InputError where states or logits are not finite: any token could come of them.
         """
         if not self.count:
             return [], []
+        check_finite((self.config.layers[-1].name, hidden))
         self.states = np.concatenate((self.states, hidden))  # [rows, D]
         text, drafts, q = list(tokens), list[int](), list[Array]()
         x = self.states
         for k in range(1, min(self.count, self.config.max_positions - len(tokens)) + 1):
             x = self._depth(k, text[self.first + k :], x)  # its last token is the draft before
             logits = mtp_head(x[-1:], self.weights.mtp[k - 1], self.config.rms_norm_eps)[0]  # [V]
+            name = f"{self.config.mtp_layers[k - 1].name}.transformer.shared_head.output"
+            check_finite((name, logits))
             q.append(distribution(logits, text, how))
             drafts.append(draw(q[-1], rng))
             text.append(drafts[-1])
@@ -142,7 +159,9 @@ class Drafter:
         table = rotations([spec], self.first, len(x), x.dtype)[spec.rope]  # [rows, P]
         layer, embed_tokens = self.weights.mtp[k - 1], self.weights.embed_tokens
         eps = self.config.rms_norm_eps
-        return mtp_depth(next_tokens, x, layer, embed_tokens, spec, table, eps, cache)
+        x = mtp_depth(next_tokens, x, layer, embed_tokens, spec, table, eps, cache)  # [rows, D]
+        check_finite((spec.name, x))  # before the next depth meets it
+        return x
 
     def _settle(self, rows: int) -> None:
         """The first rows came from true tokens at every depth: they stay as they are."""

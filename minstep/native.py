@@ -29,6 +29,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {  # what would change the maths; the firs
     "hidden_act": ("silu",),
     "use_bidirectional_attention": (False,),
     "gating": (True, "per-head"),
+    "norm_expert_weight": (True,),
 }
 RENAMED = (  # transformers' part of a tensor's name, the hub's
     ("model.language_model.", "model."),

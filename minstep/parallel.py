@@ -67,3 +67,13 @@ def _pool() -> Executor:
         _thread.is_worker = True
 
     return ThreadPoolExecutor(THREADS, "minstep", start)
+
+
+def _begin_anew() -> None:
+    """In a process that was forked: its one thread is no worker, and the pool has no threads."""
+    _pool.cache_clear()
+    _thread.is_worker = False
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=_begin_anew)

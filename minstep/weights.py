@@ -12,6 +12,7 @@ from minstep.linear import Weight
 from minstep.mlp import MLPWeights
 from minstep.model import BlockWeights, ModelWeights, MTPWeights
 from minstep.moe import MoEWeights
+from minstep.validation import check_generator
 
 Shape = tuple[int, ...]
 Get = Callable[[str, Shape], Weight]  # a tensor's hub name and the shape it must have
@@ -138,6 +139,10 @@ def random_tensors(config: Config, rng: np.random.Generator) -> Drawn:
 
 
 def random_weights(config: Config, rng: np.random.Generator) -> ModelWeights:
-    """A model of random float32 weights in memory: the numbers save_random would write."""
+    """A model of random float32 weights in memory: the numbers save_random would write.
+
+    Raises InputError for an `rng` that is no NumPy generator.
+    """
+    check_generator(rng)
     tensors = dict(random_tensors(config, rng))
     return assemble(config, lambda name, _: tensors[name])

@@ -17,6 +17,7 @@ def f(x, tap):
     if x < 0:
         raise ValueError("negative")
     assert x
+    check_finite(("x", x))
     for n in x:
         if n:
             message = "no"
@@ -25,7 +26,7 @@ def f(x, tap):
         x = tap("a", x)
     elif x:
         raise ValueError
-    return g(tap("b", tap("c", x + 1)), tap.at("d"))
+    return g(tap("b", tap("c", check_ids(x, 9) + 1)), tap.at("d"))
 '''
 BARE = '''
 def f(x, tap):
@@ -53,6 +54,7 @@ def test_no_file_of_the_chain_keeps_a_tap_or_a_check() -> None:
     for name in CHAIN:
         left = ast.unparse(without(source(name)))
         assert "tap('" not in left and "raise InputError" not in left, name
+        assert "check_finite(" not in left and "check_ids(" not in left, name
 
 
 def test_all_sides_continue_a_prompt_alike(trained: Model) -> None:

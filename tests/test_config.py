@@ -92,10 +92,12 @@ def test_moe_layers_are_numbers_however_they_are_joined(listed: Any) -> None:
 
 
 def test_a_model_may_have_neither_experts_nor_drafts_nor_gates() -> None:
-    plain = raw("no_extras", use_moe=False, use_head_wise_attn_gate=False)
-    config = parse_config(plain)
-    assert not any(spec.moe or spec.has_gate for spec in config.layers)
-    assert config.mtp_layers == ()
+    for listed in ("", " , ", [], None, ...):
+        settings = {"use_moe": False, "moe_layers_enum": listed, "use_head_wise_attn_gate": False}
+        plain = {key: x for key, x in (raw("no_extras") | settings).items() if x is not ...}
+        config = parse_config(plain)
+        assert not any(spec.moe or spec.has_gate for spec in config.layers)
+        assert config.mtp_layers == ()
 
 
 def test_a_list_of_the_wrong_length_says_what_the_length_is_made_of() -> None:
@@ -179,6 +181,24 @@ OTHER = raw()["attention_other_setting"]
         ({"rms_norm_eps": "1e-5"}, ["rms_norm_eps", '"1e-5"']),
         ({"rms_norm_eps": float("-inf")}, ["rms_norm_eps", "-Infinity"]),
         ({"use_moe": "yes"}, ["use_moe", "true or false"]),
+        ({"use_moe": False}, ["moe_layers_enum", "2,3", "no layers", "use_moe is false"]),
+        ({"use_moe": False, "moe_layers_enum": [3]}, ["moe_layers_enum", "[3]", "no layers"]),
+        ({"use_moe": False, "moe_layers_enum": 3}, ["moe_layers_enum", "3"]),
+        ({"norm_expert_weight": False}, ["norm_expert_weight", "false", "true"]),
+        ({"norm_expert_weight": None}, ["norm_expert_weight", "null", "true"]),
+        ({"norm_expert_weight": 1}, ["norm_expert_weight", "1", "true"]),
+        ({"zero_centered": 1}, ["zero_centered", "1", "True"]),
+        ({"rope_theta": 1e-300}, ["rope_theta[0]", "1e-300", "1 to 1e+30"]),
+        ({"rope_theta": 0.5}, ["rope_theta[0]", "0.5", "1 to 1e+30"]),
+        ({"rope_theta": 1e300}, ["rope_theta[0]", "1e+300"]),
+        ({"rms_norm_eps": 1e-300}, ["rms_norm_eps", "1e-300", "1e-30 to 1"]),
+        ({"rms_norm_eps": 1e30}, ["rms_norm_eps", "1e+30", "1e-30 to 1"]),
+        ({"swiglu_limits": 1e39}, ["swiglu_limits[0]", "1e+39", "1e-30 to 1e+30"]),
+        ({"swiglu_limits_shared": 1e-31}, ["swiglu_limits_shared[0]", "1e-31"]),
+        ({"moe_router_scaling_factor": 1e7}, ["moe_router_scaling_factor", "1e-30 to 1e+06"]),
+        ({"rope_scaling": SCALING | {"factor": 1e-5}}, ["rope_scaling: factor", "0.1 to 1e+30"]),
+        ({"rope_scaling": SCALING | {"low_freq_factor": 1e-300}}, ["low_freq_factor", "1e-300"]),
+        ({"rope_scaling": SCALING | {"high_freq_factor": 1e300}}, ["high_freq_factor", "1e+300"]),
         ({"use_head_wise_attn_gate": 1}, ["use_head_wise_attn_gate", "1"]),
         ({"tie_word_embeddings": "no"}, ["tie_word_embeddings", "true or false"]),
         ({"can_chat": 0}, ["can_chat", "true or false"]),

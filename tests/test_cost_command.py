@@ -122,7 +122,7 @@ def test_every_shipped_configuration_has_a_report(name: str, run: Run) -> None:
 
 def test_a_model_without_experts_has_a_report_too(tmp_path: Path, run: Run) -> None:
     raw = json.loads((find_config("odd") / "config.json").read_text(encoding="utf-8"))
-    raw["use_moe"] = False
+    raw |= {"use_moe": False, "moe_layers_enum": ""}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     (tmp_path / "model.safetensors").write_text("weights are not looked at")
     found = told(run, "--config", tmp_path, "--hardware", "h20")

@@ -59,6 +59,8 @@ def drawn(seed: int) -> Config:
         "use_head_wise_attn_gate": among(True, False),
         "tie_word_embeddings": among(True, False),
     }
+    if not raw["use_moe"]:
+        raw["moe_layers_enum"] = ""
     groups = among(1, 2)
     other = {"num_attention_heads": groups * among(3, 5), "num_attention_groups": groups}
     raw["attention_other_setting"] = {"attention_type": "sliding_attention"} | other

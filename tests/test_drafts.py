@@ -474,11 +474,16 @@ def test_a_text_that_has_no_room_for_a_token_says_why_and_length_comes_before_co
         assert step.logits.shape == (0, COUNT)
 
 
-def test_more_drafts_than_mtp_layers_are_as_many_as_there_are() -> None:
+def test_as_many_drafts_as_mtp_layers_are_made_at_most_and_more_are_refused() -> None:
     weights, config, prompt = counting()
     rng = np.random.default_rng(0)
-    steps = list(minstep.steps(prompt, weights, config, rng, 9, num_draft_tokens=50))
+    steps = list(minstep.steps(prompt, weights, config, rng, 9))
     assert [len(step.drafts) for step in steps] == [0, 3, 3]
+    with pytest.raises(minstep.InputError, match="num_draft_tokens is 4, .* from 0 to 3"):
+        list(minstep.steps(prompt, weights, config, rng, 9, num_draft_tokens=4))
+    fewer = weights._replace(mtp=weights.mtp[:2])  # those that were loaded
+    steps = list(minstep.steps(prompt, fewer, config, rng, 9, num_draft_tokens=3))
+    assert max(len(step.drafts) for step in steps) == 2
     bare = weights._replace(mtp=())
     steps = list(minstep.steps(prompt, bare, config._replace(mtp_layers=()), rng, 9))
     assert [len(step.drafts) for step in steps] == [0] * 9

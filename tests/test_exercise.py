@@ -125,8 +125,8 @@ class Mistake(NamedTuple):
 
 
 MISTAKES = [
-    Mistake(0, "model", "as_float(embed_tokens[ids.astype(np.intp)], dtype)", "np.asarray(embed_tokens[ids.astype(np.intp)])"),
-    Mistake(0, "model", "0 <= ids.min()", "-V <= ids.min()"),
+    Mistake(0, "model", "as_float(embed_tokens[ids], dtype)", "np.asarray(embed_tokens[ids])"),
+    Mistake(0, "model", "check_ids(integer_ids(tokens), embed_tokens.shape[0])", "integer_ids(tokens)"),
     Mistake(2, "norm", "mean_square + eps", "mean_square"),
     Mistake(2, "norm", "axis=-1, keepdims=True", "keepdims=True"),
     Mistake(4, "activations", "x - x.max(axis=-1, keepdims=True)", "x"),

@@ -76,7 +76,7 @@ def test_a_sequence_too_short_for_a_depth_skips_it(count: int) -> None:
 
 @pytest.mark.parametrize("bad", [-1, 320])
 def test_an_id_outside_the_vocabulary_is_refused_by_the_embedding(bad: int) -> None:
-    with pytest.raises(minstep.InputError, match=f"token id {bad} is out of range"):
+    with pytest.raises(minstep.InputError, match=f"token id {bad} at position 1 is out of range"):
         decoder([5, bad], WEIGHTS, CONFIG)
 
 

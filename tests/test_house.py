@@ -12,9 +12,9 @@ PACKAGE = TOP / "minstep"
 # The floor: an import may only reach a file further up this list. The lab looks at
 # the model and at training from outside, the book at all of them.
 ORDER = (
-    "files keys quantization native config configs tap header parallel pages linear activations "
-    "norm rope bf16 fp8 cache attention mlp moe model sampling mtp generate weights save "
-    "checkpoint toolcalls reply chat patterns tokenizer_file tokenizer continuation terminal "
+    "files keys quantization native config configs tap validation header parallel pages linear "
+    "activations norm rope bf16 fp8 cache attention mlp moe model sampling mtp generate weights "
+    "save checkpoint toolcalls reply chat patterns tokenizer_file tokenizer continuation terminal "
     "conversation draw.svg "
     "draw.axes draw.page draw.charts lab.names lab.inspect lab.trace lab.shards lab.forms "
     "lab.recording lab.facts lab.parts lab.choice lab.decided lab.steps lab.record lab.compare "

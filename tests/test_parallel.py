@@ -1,7 +1,13 @@
 """Threads: the same results in the same order, no waiting for itself, NumPy's settings kept."""
 
+import contextlib
+import multiprocessing
+import os
+import signal
 import threading
+import time
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -110,3 +116,71 @@ def test_no_number_of_threads_changes_the_experts_sum(monkeypatch: pytest.Monkey
     for _ in range(5):
         assert np.array_equal(alone, experts(x, weights, choice, 0.7))
     assert threading.current_thread().name not in names
+
+
+def in_a_fork(work: Callable[[], object], seconds: float = 60) -> bool:
+    """Whether `work` ends well in a forked child; one that hangs is ended."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside other threads
+        child = os.fork()
+    if child == 0:
+        code = 1
+        with contextlib.suppress(BaseException):
+            code = 0 if work() else 1
+        os._exit(code)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status == 0
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
+
+
+@needs_fork
+def test_a_fork_after_work_was_shared_out_shares_out_its_own() -> None:
+    def names() -> set[str]:
+        return set(each(lambda _: threading.current_thread().name, [(n,) for n in range(8)]))
+
+    def shares() -> bool:
+        return threading.current_thread().name not in names()
+
+    weight = RNG.standard_normal((1200, 1200), np.float32)
+    x = RNG.standard_normal((2, 1200), np.float32)
+    stored = BF16Array(to_bf16(weight))
+    expected = linear(x, stored)
+    assert shares()
+    assert in_a_fork(shares)
+    assert in_a_fork(lambda: np.array_equal(linear(x, stored), expected))
+    assert in_a_fork(lambda: in_a_fork(shares)), "a fork of a fork"
+    assert shares() and np.array_equal(linear(x, stored), expected)
+
+
+@needs_fork
+def test_a_fork_from_a_worker_is_no_worker() -> None:
+    def shares() -> bool:
+        here = threading.get_ident()
+        return here not in set(each(lambda _: threading.get_ident(), [(n,) for n in range(8)]))
+
+    assert all(each(lambda _: in_a_fork(shares), [(0,), (1,)]))
+
+
+@needs_fork
+def test_a_pool_of_forked_processes_multiplies() -> None:
+    weight = RNG.standard_normal((1200, 1200), np.float32)
+    linear(np.ones((1, 1200), np.float32), BF16Array(to_bf16(weight)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            sums = pool.map_async(forked_sum, [0, 1, 2]).get(timeout=60)
+    assert sums == [forked_sum(n) for n in range(3)]
+
+
+def forked_sum(seed: int) -> float:
+    x = np.random.default_rng(seed).standard_normal((1200, 1200)).astype(np.float32)
+    return float(linear(x[:2], BF16Array(to_bf16(x))).sum())

@@ -860,7 +860,7 @@ def test_a_state_that_is_not_finite_is_refused_though_it_is_not_written(
 ) -> None:
     spoiled = shutil.copytree(GOLDEN / "tiny" / "fp32", tmp_path / "spoiled")
     held = load_file(spoiled / "model.safetensors")
-    held[L + "3.self_attn.o_proj.weight"][1, 0] = np.inf
+    held[L + "3.share_expert.down_proj.weight"][1, 0] = np.inf
     save_file(held, spoiled / "model.safetensors")
     given = ("--model", spoiled, "--tokens", "5,17", "--names", "*.moe.ids")
     refused("record", *given, "--out", tmp_path / "out", naming=(f"{L}3 is ", "at [0, "))

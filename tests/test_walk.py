@@ -177,6 +177,8 @@ def with_key(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     for part in parents:
         at = at[part]
     at[int(last) if isinstance(at, list) else last] = value
+    if key == "use_moe" and not value:  # which the list must not gainsay
+        changed["moe_layers_enum"] = ""
     if key == "head_dim":  # which stands there twice more
         changed["attention_other_setting"] |= {"head_dim": value, "true_head_dim": value}
     return changed

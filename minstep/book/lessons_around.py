@@ -39,7 +39,7 @@ def each_layer_gets_what_the_config_says_of_it(find: Find, rng: Rng, dtype: DTyp
         {"rope_scaling": {"rope_type": "default"}},
         {"rope_scaling": {**inner, "factor": 3.0, "low_freq_factor": 2.0}},
         {"moe_layers_enum": [3, 1], "use_moe_router_bias": False},
-        {"use_moe": False, "use_head_wise_attn_gate": False},
+        {"use_moe": False, "moe_layers_enum": "", "use_head_wise_attn_gate": False},
     ):
         yield f"tiny with {change}", parse(raw | change)
     absent = {key: value for key, value in raw.items() if key != "yarn_only_types"}

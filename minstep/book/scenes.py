@@ -17,8 +17,9 @@ from minstep.configs import read_config
 from minstep.files import InputError
 from minstep.lab.compare import TOLERANCES, compare
 from minstep.lab.copies import Find, copies
-from minstep.lab.trace import Recorder, Trace, flaw
+from minstep.lab.trace import Recorder, Trace
 from minstep.tap import Array
+from minstep.validation import flaw
 from minstep.weights import Get, Shape, random_rows
 
 Rng = np.random.Generator

@@ -4,6 +4,7 @@ Checked by: tests/test_gallery.py
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from html import escape
 
 import numpy as np
@@ -142,5 +143,5 @@ def _names(how: Sampling) -> list[str]:
     if how.temperature == 0:
         return ["greedy"]
     plain = Sampling(temperature=1.0)
-    changed = {key: value for key, value in how._asdict().items() if value != getattr(plain, key)}
+    changed = {key: value for key, value in asdict(how).items() if value != getattr(plain, key)}
     return [f"{key.replace('_', ' ')} {value:g}" for key, value in changed.items()] or ["as it is"]

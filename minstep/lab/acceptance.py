@@ -16,6 +16,7 @@ from minstep.continuation import Continuation, Pass
 from minstep.files import InputError
 from minstep.lab.footguns import FOOTGUNS, IN_DRAFTER, Footgun, variant
 from minstep.model import ModelWeights, decoder, head
+from minstep.validation import check_finite
 
 Tokens = Sequence[int]
 Progress = Callable[[int], None]
@@ -129,13 +130,17 @@ def agreements(
     done = 0
     for window in windows:
         hidden = decoder(window, weights, config, dtype)  # [T, D]
-        choice = head(hidden, weights, config).argmax(-1)[:-1]  # [T-1], guesses at tokens 1, ...
+        logits = head(hidden, weights, config)  # [T, V]
+        check_finite(("lm_head", logits))  # of NaN the largest is a token like any other
+        choice = logits.argmax(-1)[:-1]  # [T-1], guesses at tokens 1, ...
         text = np.asarray(window)[1:]  # [T-1]
         sums[MAIN] += len(text), len(text), (choice == text).sum()
         for way in (way for way in ways if way.drafts):
             forward = variant(way.forward).mtp.mtp_forward
             depths = forward(window, hidden, way.weights(weights), config)
             for k, logits in enumerate(depths, start=1):
+                name = f"{config.mtp_layers[k - 1].name}.transformer.shared_head.output"
+                check_finite((name, logits))
                 guess = logits.argmax(-1)[:-1]  # [T-k-1]
                 same = (guess == choice[k:]).sum(), (guess == text[k:]).sum()
                 sums[way.name][k - 1] += len(guess), *same

@@ -18,10 +18,11 @@ from minstep.lab.explain import explain, looks_like, not_tried
 from minstep.lab.footguns import ALL, Footgun, is_plantable
 from minstep.lab.layer import Checked, check_layer
 from minstep.lab.names import is_weight, spans, split
-from minstep.lab.recording import NotFinite, Recording
+from minstep.lab.recording import Recording
 from minstep.lab.rerun import input_names
 from minstep.lab.trace import EMBEDDING
 from minstep.terminal import Progress
+from minstep.validation import NotFinite
 
 
 class Checks(NamedTuple):

@@ -137,7 +137,7 @@ FOOTGUNS = {
         Footgun("QK-norm on the queries only", "attention", "rms_norm(k, weights.k_norm, eps)", "k"),
     ),
     "gate": (
-        Footgun("gate as SiLU, not sigmoid", "attention", 'gate = sigmoid(tap("g_proj", linear(x, weights.g_proj)))', 'gate = tap("g_proj", linear(x, weights.g_proj)); gate = gate * sigmoid(gate)'),
+        Footgun("gate as SiLU, not sigmoid", "attention", 'gate = sigmoid(logits)', 'gate = logits * sigmoid(logits)'),
         *(Footgun("gate on the output of o_proj", "attention", "heads = heads * gate[:, :, None]", f'out = tap("o_proj", {OUT}); return out * {gate}') for gate in GATES),
         *(Footgun("gate on the output of o_proj", "attention", "heads = heads * gate[:, :, None]", f'out = {OUT}; return tap("o_proj", out * {gate})') for gate in GATES),
         Footgun("gate forgotten", "attention", "heads * gate[:, :, None]", "heads"),

@@ -22,7 +22,7 @@ from minstep.lab.compare import (
 )
 from minstep.lab.forms import Widths, config_widths, derived, sibling_widths
 from minstep.lab.names import ENDS, is_weight, model_order, mtp_layers, split
-from minstep.lab.recording import NotFinite, Recording
+from minstep.lab.recording import Recording
 from minstep.lab.router import (
     Choice,
     Mask,
@@ -30,6 +30,7 @@ from minstep.lab.router import (
     too_many,
 )
 from minstep.tap import Array
+from minstep.validation import NotFinite
 
 AFTER_IDS = "moe.weights.unscaled moe.weights moe.unscaled moe mlp model.norm lm_head".split()
 AFTER_IDS += ENDS

@@ -20,23 +20,15 @@ from minstep.files import InputError
 from minstep.header import read_header
 from minstep.lab.forms import Term, stored_forms
 from minstep.lab.names import HEADS, axes, in_model_order, is_weight, mtp_layers, split
-from minstep.lab.trace import flaw
 from minstep.pages import DONTNEED, Map, Pages
 from minstep.tap import Array
+from minstep.validation import NotFinite, flaw
 
 STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"}
 STORED |= {f"{kind.upper()}{n * 8}": f"<{kind}{n}" for kind in "iu" for n in (1, 2, 4, 8)}
 FLOATS = ("bfloat16", "float16", "float32", "float64")  # the least precise first
 
 Stored = NDArray[np.generic] | BF16Array
-
-
-class NotFinite(InputError):
-    """A tensor holds what is no finite number; `what`: which number, and where."""
-
-    def __init__(self, where: str, what: str) -> None:
-        super().__init__(f"{where} {what}, expected finite numbers")
-        self.what = what
 
 
 class Recording:

@@ -15,6 +15,7 @@ from minstep.header import Data, write_tensors
 from minstep.model import ModelWeights, decoder, head, run_layers
 from minstep.mtp import mtp_forward
 from minstep.tap import Array, ScopedTap, Tap
+from minstep.validation import flaw
 
 Trace = dict[str, Array]
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -55,14 +56,6 @@ def finite(name: str, x: Array) -> Array:
         message = "expected finite numbers: a weight here or before it is not, or is too large"
         raise InputError(f"{name} {what}, {message}")
     return x
-
-
-def flaw(x: Array) -> str | None:
-    """The first of x, of any shape, that is not finite, and its place, in words; None if all is."""
-    if not x.size or np.isfinite([x.min(), x.max()]).all():  # unlike a mask, takes no memory
-        return None
-    index = tuple(int(n) for n in np.argwhere(~np.isfinite(x))[0])
-    return f"is {x[index]} at {list(index)}"
 
 
 class Stage(NamedTuple):

@@ -45,7 +45,9 @@ ELEMENTWISE: dict[np.ufunc, tuple[Derivative, ...]] = {
     np.minimum: (lambda g, y, a, b: g * (a <= b), lambda g, y, a, b: g * (a > b)),
 }
 # Steps have no slope anywhere: what they return is no longer on the tape.
-STEPS = frozenset((np.greater_equal, np.greater, np.less_equal, np.less, np.equal, np.argsort))
+STEPS = frozenset(
+    (np.greater_equal, np.greater, np.less_equal, np.less, np.equal, np.argsort, np.isfinite)
+)
 
 
 def elementwise(ufunc: np.ufunc, *arguments: Any) -> Pulled:
