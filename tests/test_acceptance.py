@@ -151,6 +151,18 @@ def test_agreement_compares_the_same_token_of_both_and_counts_each_that_is_there
     assert [depth.guesses - depth.main for depth in depths] == [2, 2, 2]
 
 
+def test_a_depth_may_agree_with_the_main_model_where_both_miss_the_text() -> None:
+    """At the end of each run of tokens that follow each other, what comes next is another's."""
+    window, V = [token for start in (9, 100, 31, 250) for token in text(start, 6)], TINY.vocab_size
+    found, T = agreements([window], HAND, TINY, [AS_IT_IS]), len(window)
+    for k, depth in enumerate(found[AS_IT_IS.name], start=1):
+        guess = [(token + STEP * (k + 1)) % V for token in window]
+        choice = [(token + STEP) % V for token in window]
+        main = sum(guess[i] == choice[i + k] for i in range(T - k - 1))
+        told = sum(guess[i] == window[i + k + 1] for i in range(T - k - 1))
+        assert depth == Agreement(T - k - 1, main, told) and told < main < T - k - 1
+
+
 def test_progress_is_told_of_prompts_and_of_tokens() -> None:
     done: list[int] = []
     draft(PROMPTS, HAND, TINY, max_tokens=2, progress=done.append)

@@ -377,6 +377,8 @@ MALFORMED = {
     "an unclosed name": value("1").replace("=f>", "=f"),
     "no name": "<tool_call>\n<function=>\n</function>\n</tool_call>",
     "no parameter name": "<tool_call><function=f><parameter=>1</parameter></function></tool_call>",
+    "a tag in the name": "<tool_call><function=f<b></function></tool_call>",
+    "a tag in a parameter": value("1").replace("=text>", "=te<xt>"),
     "text between the tags": "<tool_call>\n<function=f>\noops\n</function>\n</tool_call>",
     "a parameter twice": value("1").replace(
         "</function>", "<parameter=text>2</parameter></function>"

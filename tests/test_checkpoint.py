@@ -375,3 +375,22 @@ def test_without_drafts_the_shards_of_mtp_layers_are_not_needed(
 def test_fewer_experts_than_a_token_chooses_are_refused(refused: Refused, tmp_path: Path) -> None:
     how = ("make-tiny", "tiny", "--out", tmp_path / "few", "--experts")
     refused(*how, "3", naming=("--experts 3", "moe_top_k's 4"))
+
+
+def test_a_checkpoint_owns_every_file_that_it_is_read_from_through_links_too(
+    sharded: Path, tmp_path: Path
+) -> None:
+    (sharded / "model-00001.safetensors").unlink()  # a file that is to come is its own as well
+    checkpoint = open_checkpoint(sharded)
+    index = json.loads((sharded / INDEX).read_text())
+    own = {INDEX, "model.safetensors", "config.json", "tokenizer.json"}
+    for name in own | {*index["weight_map"].values()}:
+        link = tmp_path / f"link-{name}"
+        link.symlink_to(sharded / name)
+        folder = tmp_path / "folder"
+        folder.unlink(missing_ok=True)
+        folder.symlink_to(sharded)
+        for file in (sharded / name, link, folder / name, sharded / ".." / sharded.name / name):
+            assert checkpoint.owns(file), file
+        assert not checkpoint.owns(sharded / f"{name}.old")
+        assert not checkpoint.owns(tmp_path / name)

@@ -163,6 +163,7 @@ OTHER = raw()["attention_other_setting"]
         ({"num_attention_groups": 0}, ["num_attention_groups"]),
         ({"attention_other_setting": OTHER | {"num_attention_heads": 7}}, ["attention_other_setting: num_attention_heads", "7"]),
         ({"attention_other_setting": OTHER | {"head_dim": 8}}, ["attention_other_setting: head_dim", "8", "16"]),
+        ({"attention_other_setting": OTHER | {"true_head_dim": 8}}, ["attention_other_setting: true_head_dim", "8", "16"]),
         ({"attention_other_setting": OTHER | {"attention_type": "x"}}, ["attention_type", "x"]),
         ({"attention_other_setting": {}}, ["attention_type", "missing"]),
         ({"attention_other_setting": 3}, ["attention_other_setting", "object"]),
@@ -209,6 +210,8 @@ OTHER = raw()["attention_other_setting"]
         ({"eos_token_id": ["1"]}, ["eos_token_id"]),
         ({"eos_token_id": True}, ["eos_token_id", "true"]),
         ({"eos_token_id": {}}, ["eos_token_id"]),
+        ({"eos_token_id": -1}, ["eos_token_id", "-1"]),
+        ({"eos_token_id": [1, -2]}, ["eos_token_id", "-2"]),
     ],
 )  # fmt: skip
 def test_a_contradiction_is_refused_by_its_key(changes: dict[str, Any], naming: list[str]) -> None:

@@ -155,6 +155,16 @@ def test_rates_are_tokens_over_seconds_and_the_first_token_is_the_prompts() -> N
     assert stats["forward_passes"] == len(said.passes) - 1 >= 19 // 4
 
 
+def test_seconds_are_split_where_the_first_token_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt takes from the start to the first token; the other tokens the time after that."""
+    times = iter([100.0, 104.0, 105.0, 107.5])
+    monkeypatch.setattr("minstep.continuation.time.perf_counter", lambda: next(times))
+    said = streamed(scripted("a", "bc", "d"))
+    assert "".join(said) == "abcd" and (said.prompt_seconds, said.seconds) == (4.0, 3.5)
+    stats = said.stats(PROMPT)
+    assert (stats["prompt_tps"], stats["generation_tps"]) == (16 / 4, round(3 / 3.5, 1))
+
+
 @pytest.mark.parametrize("steps", [[], [Step([], NO_LOGITS[:0], [], 0, "context")]])
 def test_stats_of_nothing_are_zero(steps: Sequence[Step]) -> None:
     said = streamed(iter(steps))

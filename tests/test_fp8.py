@@ -10,8 +10,10 @@ import pytest
 from numpy.typing import NDArray
 
 from minstep import InputError, find_config, open_checkpoint
+from minstep.bf16 import BF16Array, to_bf16
 from minstep.config import parse_config
 from minstep.fp8 import LARGEST, FP8Array, to_fp8
+from minstep.header import Data, write_tensors
 from minstep.keys import read_json
 from minstep.lab.trace import record
 from minstep.linear import as_float, linear
@@ -164,6 +166,29 @@ def test_an_fp8_checkpoint_computes_what_its_dequantized_weights_do(made: Path) 
         np.testing.assert_allclose(stored[name], x, rtol=0, atol=1e-12 * abs(x).max())
     # And the weights are those that bfloat16 has, to 8 bits: 3 of mantissa.
     assert (made / "config.json").read_text().count("quantization_config") == 1
+
+
+def test_scales_may_be_stored_in_bfloat16(made: Path, spoilt: Path) -> None:
+    tensors: dict[str, Data] = {}
+    for name, tensor in open_checkpoint(made).tensors.items():
+        with tensor.file.open("rb") as opened:
+            opened.seek(tensor.offset)
+            stored = opened.read(tensor.nbytes)
+        dtype = tensor.dtype
+        if name.endswith("_scale_inv"):
+            dtype, stored = "BF16", to_bf16(np.frombuffer(stored, np.float32)).tobytes()
+        tensors[name] = Data(dtype, tensor.shape, [stored])
+    for file in spoilt.glob("model*"):
+        file.unlink()
+    write_tensors(spoilt / "model.safetensors", tensors, {})
+    ours, theirs = open_checkpoint(spoilt), open_checkpoint(made)
+    for name, shape in tensor_shapes(ours.config).items():
+        x, y = (checkpoint.stored(name, shape) for checkpoint in (ours, theirs))
+        if isinstance(y, FP8Array):
+            short = as_float(BF16Array(to_bf16(y.scales)), np.float32)
+            expected = FP8Array(y.bits, short, y.block, name)
+            assert np.array_equal(as_float(x, np.float32), as_float(expected, np.float32)), name
+            assert not np.array_equal(short, y.scales), name
 
 
 def test_fp8_is_near_what_it_was_made_from(made: Path, run: Run, tmp_path: Path) -> None:

@@ -12,8 +12,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import minstep
-from minstep.lab.explain import explain, leading, not_tried, reaches
+from minstep.lab.checks import Checks, checkable, checks_table
+from minstep.lab.compare import Comparison
+from minstep.lab.explain import Trial, explain, leading, not_tried, reaches
 from minstep.lab.footguns import ALL, FOOTGUNS, Footgun, variant
+from minstep.lab.layer import Checked
 from minstep.lab.recording import Recording
 from minstep.lab.rerun import Rerun, layer_input, run_layer
 from minstep.lab.trace import Recorder, Trace
@@ -21,6 +24,7 @@ from tests.conftest import GOLDEN, Ran, Refused, Run
 from tests.recordings import as_transformers, as_vllm, rounded, save
 
 MODELS = ("tiny", "odd", "no_extras", "drafts")
+L = "model.layers."
 TINY = GOLDEN / "tiny" / "bf16"  # MoE layers 2-7, MTP layers 8-10; full attention in 0 and 4
 
 
@@ -170,6 +174,31 @@ def test_all_says_what_it_could_not_check(tiny: Trace, check: Check) -> None:
         "not checked: layers 4,8, since the recording has no input of theirs",
     ]
     assert ran.out.splitlines()[-1].startswith("match: 1 layer, 1 tensors within 2e-05")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_a_depth_is_checkable_where_the_prompt_leaves_it_a_position(
+    count: int, tiny: Trace
+) -> None:
+    """Another engine may have recorded rows of every depth for the shortest prompt, padded."""
+    padded = {name: x[:, :count, :count] if x.ndim == 3 else x[:count] for name, x in tiny.items()}
+    theirs = Recording("theirs", padded, prompt("tiny")[:count])
+    numbers, skipped = checkable(minstep.open_checkpoint(TINY), theirs)
+    depths = range(1, 4)
+    assert numbers == [*range(8), *(7 + k for k in depths if k < count)]
+    short = [7 + k for k in depths if k >= count]
+    assert skipped == ({"the prompt is too short": short} if short else {})
+
+
+def test_the_worst_tensor_of_all_layers_is_told_by_its_largest_error(tiny: Trace) -> None:
+    def row(name: str, largest: float, mean: float) -> Comparison:
+        return Comparison(name, (3, 4), largest, mean, 1.0, None, True, 0.1)
+
+    rows = [row(f"{L}2", 0.01, 0.009), row(f"{L}3.moe", 0.08, 0.001), row(f"{L}3", 0.02, 0.01)]
+    layers = [Checked(n, 0.1, rows[m:end], 3, 0, []) for n, m, end in ((2, 0, 1), (3, 1, 3))]
+    table = checks_table(Checks(Recording("theirs", tiny), layers, {}, {}))
+    said = "match: 2 layers, 3 tensors within 0.1 (worst 8.0e-02 at model.layers.3.moe)"
+    assert table.splitlines()[-1] == said
 
 
 def test_what_nothing_here_computes_is_told(tiny: Trace, check: Check) -> None:
@@ -349,6 +378,34 @@ def test_files_with_edited_lines_are_each_named() -> None:
         "2 known bugs, whose lines in minstep/attention.py and minstep/config.py"
         in (not_tried([first, second])[0])
     )
+
+
+@pytest.mark.parametrize(
+    ("trials", "named"),
+    [  # tensors that match, sum of mean errors, what still departs
+        ([(5, 1.0, None), (5, 1.9, None), (5, 2.1, None)], [0, 1]),  # up to twice the least error
+        ([(5, 1.9, None), (5, 1.0, None), (5, 50.0, None)], [1, 0]),  # the best comes first
+        ([(9, 0.1, "moe"), (5, 1.0, None)], [1]),  # one that explains all before any other
+        ([(9, 0.1, "moe"), (4, 0.0, "mlp"), (9, 0.15, "moe")], [0, 2]),  # else those furthest on
+        ([None, (3, 0.0, None), None, (3, 1e-13, None)], [1, 3]),
+        ([None, None], []),
+    ],
+)
+def test_the_bugs_named_are_those_that_explain_most_and_nearly_as_well_as_the_best(
+    trials: list[Any], named: list[int], tiny: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bugs = list(ALL[: len(trials)])
+
+    def tried(footgun: Footgun, *_: object) -> Trial | None:
+        found = trials[bugs.index(footgun)]
+        return found and Trial(footgun, *found)
+
+    monkeypatch.setattr("minstep.lab.explain._try", tried)
+    monkeypatch.setattr("minstep.lab.explain.reaches", lambda *_: True)
+    departs = Comparison(f"{L}3.moe", (3, 4), 1.0, 1.0, 1.0, None, False, 0.1)
+    checked, theirs = Checked(3, 0.1, [departs], 3, 0, []), Recording("theirs", tiny)
+    found = explain(minstep.open_checkpoint(TINY), theirs, checked, footguns=bugs)
+    assert [bugs.index(trial.footgun) for trial in found] == named
 
 
 @pytest.mark.parametrize("layer", range(11))

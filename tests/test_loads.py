@@ -9,6 +9,7 @@ from minstep.configs import find_config, shipped_folder
 from minstep.files import InputError
 from minstep.lab.loads import (
     Liking,
+    _spread,
     evenness,
     expert_counts,
     layer_table,
@@ -111,6 +112,20 @@ def test_likings_are_tokens_that_an_expert_gets_more_often_than_chance() -> None
     assert liked[2] == [Liking(2, 3, 0.75, 1.5)]
     assert liked[3] == []
     assert likings(choice, text, 4, least=4) == [[], [], [], []]
+
+
+def test_a_token_that_an_expert_got_fewer_than_eight_times_says_nothing() -> None:
+    for times in (1, 7, 8, 20):
+        text = [3] * times + [4] * times
+        choice = chosen(*([0] for _ in range(times)), *([1] for _ in range(times)))
+        found = [[liking.token for liking in each] for each in likings(choice, text, 2)]
+        assert found == ([[3], [4]] if times >= 8 else [[], []])
+
+
+@pytest.mark.parametrize(("share", "low"), [(0.0, 1), (0.099, 1), (0.1, 0), (0.101, 0), (1.0, 0)])
+def test_an_expert_is_low_below_a_tenth_of_its_fair_share(share: float, low: int) -> None:
+    counts = np.array([round(1000 * share), round(2000 - 1000 * share)])
+    assert _spread(counts)["low"] == low and _spread(counts)["load"][0] == share
 
 
 def test_likings_come_by_lift_then_by_how_often_then_by_id() -> None:

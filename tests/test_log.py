@@ -20,6 +20,14 @@ def test_a_log_reads_back_as_it_is_printed(tmp_path: Path) -> None:
     assert len({len(text) for text in (header(2), *map(line, rows))}) == 1
 
 
+@pytest.mark.parametrize("depths", [0, 1, 5])
+def test_a_log_has_a_column_for_each_depth(depths: int, tmp_path: Path) -> None:
+    row = Row(3, tuple(1.0 + n for n in range(1 + depths)), 1e-3, 0.5, 0.25, 4.0)
+    rows = [row, row._replace(step=4, held_out=2.5)]
+    (tmp_path / "log.txt").write_text("\n".join([header(depths), *map(line, rows)]))
+    assert read_log(tmp_path / "log.txt") == rows
+
+
 def test_the_shipped_log_falls_to_the_quality_that_is_told() -> None:
     rows = read_log(find_config("trained") / "log.txt")
     assert rows[-1].step == 2000 and rows[0].losses[0] > 6

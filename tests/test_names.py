@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import minstep
-from minstep.lab.names import axes, in_model_order, mtp_layers, places, split
+from minstep.lab.names import axes, in_model_order, is_weight, mtp_layers, places, split
 from minstep.weights import tensor_shapes
 from tests.recordings import as_transformers, as_vllm
 from tests.test_golden import GOLDEN, WEIGHTS, meta
@@ -152,6 +152,10 @@ def test_axes_are_those_of_a_trace() -> None:
         assert axes(name) == x.ndim, name
     assert axes("model.layers.3.self_attn.q_norm.weight") is None
     assert axes("model.layers.3.moe.router_bias") is None
+    for part in ("weight", "bias"):  # other engines' projections may have biases
+        assert axes(f"model.layers.3.self_attn.q_proj.{part}") is None
+        assert is_weight(f"model.layers.3.self_attn.q_proj.{part}")
+    assert not is_weight("model.layers.3.moe.weights") and not is_weight("lm_head")
     assert axes("model.layers.3.zebra") is None
 
 

@@ -32,6 +32,7 @@ TINY = FOLDERS[0]  # layers 0 and 1 are dense, 2 to 7 have experts, 8 to 10 are 
 TOKENS = [21, 252, 204, 177, 255, 80, 277, 109]
 GIVEN = ("--model", TINY, "--tokens", ",".join(map(str, TOKENS)))
 ORDER = [stage.name for stage in stages(minstep.load_config(TINY), len(TOKENS))]
+MTP = [spec.name for spec in minstep.load_config(TINY).mtp_layers]
 
 Tensors = dict[str, np.ndarray[Any, Any]]
 
@@ -803,6 +804,8 @@ def test_an_input_of_another_prompt_model_or_layer_is_refused(
     assert run("record", *other, "--layers", "1", "--out", odd).code == 0
     save_file({L + "2": load_file(odd)[L + "1"]}, tmp_path / "wide")
     save_file({L + "2": load_file(whole)[L + "2"][:5]}, tmp_path / "short")
+    more = np.concatenate([load_file(whole)[L + "2"]] * 2)[:9]
+    save_file({L + "2": more}, tmp_path / "long")
     save_file({L + "9.input": load_file(whole)[L + "8"][:5]}, tmp_path / "short mtp")
     save_file({L + "2": load_file(whole)[L + "2"][0]}, tmp_path / "flat")
     save_file({L + "2": np.zeros((8, 64), np.int64)}, tmp_path / "whole numbers")
@@ -814,6 +817,7 @@ def test_an_input_of_another_prompt_model_or_layer_is_refused(
         (odd, 3, ("another prompt",)),
         (tmp_path / "wide", 3, (L + "2", "[8, 40]", "[8, 64]")),
         (tmp_path / "short", 3, (L + "2", "[5, 64]", "[8, 64]")),
+        (tmp_path / "long", 3, (L + "2", "[9, 64]", "[8, 64]")),
         (tmp_path / "short mtp", 9, (L + "9.input", "[5, 64]", "[6, 64]")),
         (tmp_path / "flat", 3, (L + "2", "[64]")),
         (tmp_path / "whole numbers", 3, (L + "2", "int64", "floats")),
@@ -944,6 +948,23 @@ def test_no_component_writes_into_what_it_has_shown(
     assert tap.tensors.keys() == shown.keys()
     for name, x in shown.items():
         assert np.array_equal(tap.tensors[name], x), name
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_the_bytes_of_a_stage_are_guessed_from_experts_chosen_at_random(count: int) -> None:
+    """4 of 16 experts a token, each as likely; of the embedding a row for each token."""
+    checkpoint = minstep.open_checkpoint(TINY)
+    job = plan(checkpoint, TOKENS[:count], "float32")
+    read = {stage.name: 0.0 for stage in job.stages}
+    for name, tensor in checkpoint.tensors.items():
+        for stage in (stage for stage in job.stages if stage.has(name)):
+            is_expert = ".moe." in name and "_proj." in name
+            share = 1 - (12 / 16) ** count if is_expert else 1
+            share = count / 320 if "embed_tokens" in name else share
+            read[stage.name] += tensor.nbytes * share
+    for stage in job.stages:
+        more = 64 * 2 * count if stage.name in MTP else 0  # a look-up of the next tokens
+        assert job.reads(stage) == pytest.approx(read[stage.name] + more, abs=3), stage.name
 
 
 def test_the_bar_counts_the_bytes_of_the_experts_that_were_chosen(

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from minstep.sampling import GREEDY, Sampling, distribution, draw, log_probabilities, verify
+from minstep.sampling import (
+    GREEDY,
+    Sampling,
+    acceptance,
+    distribution,
+    draw,
+    log_probabilities,
+    verify,
+)
 from minstep.tap import Array
 
 V = 40
@@ -215,6 +223,23 @@ def test_no_number_draws_a_token_without_a_chance(number: float) -> None:
     for probs in ([0, 0.5, 0, 0.5, 0], [0, 1, 0], [0, 0, 0.1, 0.2, 0.3, 0.4, 0], [1 / 3] * 3):
         assert probs[draw(np.array(probs), Fixed(number))] > 0
     assert draw(np.array([0.5, 0.5]), Fixed(number)) == int(number >= 0.5)
+
+
+@pytest.mark.parametrize("apart", [1.0, 1e-3, 1e-6, 1e-12])
+def test_a_replaced_draft_is_distributed_as_the_model_wants_however_near_the_two_are(
+    apart: float,
+) -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        q, other = rng.dirichlet(np.ones(9)), rng.dirichlet(np.ones(9))
+        p = (1 - apart) * q + apart * other
+        total = np.zeros(9)
+        for draft in range(9):
+            chance, rest = acceptance(draft, q, p)
+            assert chance == min(1, p[draft] / q[draft]) and rest.sum() == pytest.approx(1)
+            total += q[draft] * (chance * np.eye(9)[draft] + (1 - chance) * rest)
+            assert not (rest[p < q] > 0).any()  # what the drafter proposes too often replaces none
+        np.testing.assert_allclose(total, p, rtol=1e-12)
 
 
 @pytest.mark.parametrize("number", [0.0, np.nextafter(1, 0)])

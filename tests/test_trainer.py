@@ -1,6 +1,7 @@
 """The training loop's state: it learns, is decided by its arguments, and goes on bit for bit."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from minstep.train.bpe import train_tokenizer
 from minstep.train.data import encode_documents, read_corpus
 from minstep.train.log import read_log
 from minstep.train.saved import load_state, save_state
+from minstep.train.schedule import rate_at
 from minstep.train.trainer import Plan, Training, initial_tensors
-from minstep.train.workers import Workers, workers
+from minstep.train.workers import Result, Workers, workers
 from minstep.weights import tensor_shapes
 
 CONFIG = minstep.load_config(minstep.find_config("drafts"))
@@ -63,12 +65,44 @@ def test_a_run_that_is_restored_goes_on_bit_for_bit(tmp_path: Path) -> None:
         again.restore(state)
 
 
-def test_the_balancing_rule_alone_moves_router_biases() -> None:
-    still = ran(Training(CONFIG, PLAN._replace(balance_rate=0.0), STREAM), 3)
-    moved = ran(Training(CONFIG, PLAN, STREAM), 3)
+@pytest.mark.parametrize("rate", [0.0, 0.04])
+def test_the_balancing_rule_alone_moves_router_biases(rate: float) -> None:
+    moved = ran(Training(CONFIG, PLAN._replace(balance_rate=rate), STREAM), 1)
     names = [name for name in tensor_shapes(CONFIG) if name.endswith("router_bias")]
-    assert names and not any(still.tensors[name].any() for name in names)
-    assert all(0 < abs(moved.tensors[name]).max() <= 3 * 0.010001 for name in names)
+    assert names
+    for name in names:  # a step moves each by the rate, up or down, or not at all
+        assert abs(moved.tensors[name]).max() == np.float32(rate)
+
+
+def test_a_row_has_the_means_of_its_steps_and_the_rate_of_the_last() -> None:
+    class Watched(Workers):
+        seen: list[Result] = []
+
+        def sum(self, *arguments: Any) -> Result:
+            self.seen.append(super().sum(*arguments))
+            return self.seen[-1]
+
+    workers, training = Watched(None), Training(CONFIG, PLAN, STREAM)
+    for first, count in ((0, 1), (1, 2), (3, 3)):  # rows of one, two and three steps
+        for _ in range(count):
+            training.step(workers)
+        row, results = training.row(), workers.seen[first:]
+        training.begin_row()
+        losses = np.mean([result.losses for result in results], axis=0) / PLAN.sequences
+        assert row.losses == pytest.approx(tuple(losses)) and row.step == first + count
+        gradients = [
+            [g for name, g in result.gradients.items() if not name.endswith("router_bias")]
+            for result in results
+        ]
+        norms = [sum(float(np.square(g, dtype=float).sum()) for g in gs) ** 0.5 for gs in gradients]
+        assert row.norm == pytest.approx(np.mean(norms) / PLAN.sequences, rel=1e-5)
+        assert row.rate == pytest.approx(0.01 * rate_at(first + count - 1, 30, 3, PLAN.floor))
+        layers = [
+            np.sum([*each], axis=0)
+            for each in zip(*(r.counts.values() for r in results), strict=True)
+        ]
+        shares = np.concatenate([counts / counts.mean() for counts in layers])
+        assert (row.least, row.most) == pytest.approx((shares.min(), shares.max()))
 
 
 def test_a_loss_that_is_not_finite_is_refused_by_name() -> None:

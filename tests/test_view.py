@@ -22,7 +22,7 @@ from minstep.attention import visible
 from minstep.checkpoint import open_checkpoint
 from minstep.files import InputError
 from minstep.lab.facts import Facts, LayerFacts, layer_facts, piece, read_facts
-from minstep.lab.lens import guesses, open_lens
+from minstep.lab.lens import guesses, lens, open_lens
 from minstep.lab.recording import Recording, open_recording
 from minstep.lab.trace import record
 from minstep.lab.view import page, page_data
@@ -365,6 +365,33 @@ def test_an_installed_package_has_the_page_and_every_other_file_that_is_no_modul
             folder = next(up for up in file.parents if (up / "__init__.py").exists())
             globs = settings["package-data"].get(".".join(folder.relative_to(top).parts), ())
             assert any(fnmatch(str(file.relative_to(folder)), glob) for glob in globs), file
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_the_lens_of_a_model_takes_logits_that_rounding_parts_from_its_own(
+    is_tied: bool, single: Path
+) -> None:
+    """Off by up to 5 % of the largest; the head may be the embedding."""
+    if is_tied:
+        raw = json.loads((single / "config.json").read_text())
+        (single / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
+        held = load_file(single / "model.safetensors")
+        del held["lm_head.weight"]
+        save_file(held, single / "model.safetensors")
+    checkpoint, tokens = open_checkpoint(single), [5, 17, 9, 4]
+    trace = record(tokens, checkpoint.weights(), checkpoint.config)
+    logits = trace["lm_head"]
+    for share, is_own in ((0.0, True), (0.049, True), (0.051, False), (0.5, False)):
+        moved = logits.copy()
+        moved[2, 3] -= share * np.abs(logits).max() * np.sign(moved[2, 3])
+        theirs = Recording("theirs", trace | {"lm_head": moved}, tokens)
+        if is_own:
+            model = open_lens(checkpoint, theirs, Facts())
+            found = lens(theirs, {}, model)[checkpoint.config.layers[-1].name]
+            np.testing.assert_allclose(found.true, guesses(logits, tokens[1:]).true, rtol=1e-3)
+            continue
+        with pytest.raises(InputError, match="lm_head is not what .* its own model"):
+            open_lens(checkpoint, theirs, Facts())
 
 
 # What is refused

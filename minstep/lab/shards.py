@@ -143,13 +143,12 @@ def _layer_report(
         share = nbytes / whole[file] if whole[file] else 0.0
         said = {"tensors": count, "bytes": nbytes, "share": round(share, 4)}
         files.append(_file(file, own) | said)
-    before = number - 1 if number != main else main - 1
     return {
         "layer": number,
         "name": stage.name,
         "tensors": len(own),
         "bytes": sum(place.nbytes for place in own.values()),
-        "input": EMBEDDING if number == 0 else f"model.layers.{before}",
+        "input": EMBEDDING if number == 0 else f"model.layers.{number - 1}",
         "files": files,
         "outside": _outside({name: why for name, why in needed.items() if why}, found),
     }
