@@ -302,7 +302,7 @@ def test_an_index_that_names_a_tensor_twice_is_refused(half: Path, refused: Refu
     text = (half / INDEX).read_text().replace('"lm_head.weight"', '"model.norm.weight"')
     (half / INDEX).write_text(text)
     for how in (("--layer", 1), ("--shards",), ()):
-        refused("inspect", half, *how, naming=("is missing",))
+        refused("inspect", half, *how, naming=(INDEX, "key model.norm.weight stands twice"))
 
 
 def test_only_the_weights_that_were_asked_for_are_looked_up(half: Path) -> None:

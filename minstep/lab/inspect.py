@@ -1,7 +1,6 @@
 """What a config or a checkpoint holds: layers, shapes, dtypes, bytes and parameters by part."""
 
 import math
-import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 from minstep.checkpoint import HUB_DTYPES, Checkpoint, open_checkpoint
 from minstep.config import Config, load_config
 from minstep.header import BYTES
+from minstep.lab.names import split
 from minstep.weights import SCALES, Shape, blocks, tensor_shapes
 
 
@@ -108,8 +108,8 @@ def _count(part: dict[str, int], parameters: int, tensor: Stored) -> None:
 
 def layer_number(name: str) -> int:
     """The layer a tensor belongs to; -1 outside the layers."""
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    return int(match[1]) if match else -1
+    number, part = split(name)
+    return -1 if number is None or not part else number
 
 
 def _part(name: str, config: Config) -> str:

@@ -61,8 +61,11 @@ class Place(NamedTuple):
 
 
 def split(name: str) -> tuple[int | None, str]:
-    """`model.layers.3.moe.gate` -> 3, `moe.gate`; no layer: None and the name."""
-    found = re.fullmatch(r"model\.layers\.(\d+)(?:\.(.+))?", name)
+    """`model.layers.3.moe.gate` -> 3, `moe.gate`; no layer: None and the name.
+
+    A number that no model has, of more than six digits or with zeros in front, is no layer.
+    """
+    found = re.fullmatch(r"model\.layers\.(0|[1-9][0-9]{0,5})(?:\.(.+))?", name)
     return (int(found[1]), found[2] or "") if found else (None, name)
 
 
