@@ -13,6 +13,7 @@ Differs: the class defaults of the released configuration disagree with the rele
 Checked by: tests/test_config.py
 """
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,7 +94,7 @@ class Config(NamedTuple):
 def load_config(path: Path | str) -> Config:
     """Read `path`, a config.json or the folder that holds one. Raises InputError naming the key."""
     path = Path(path)
-    file = path / "config.json" if path.is_dir() else path
+    file = path / "config.json" if os.path.isdir(path) else path
     return parse_config(hub_config(read_json(file), str(file)), str(file))
 
 

@@ -1,6 +1,7 @@
 """What a config or a checkpoint holds: layers, shapes, dtypes, bytes and parameters by part."""
 
 import math
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ def inspect(path: Path) -> dict[str, Any]:
     and bytes are what the config gives; `missing` counts those in files that the index names.
     Raises InputError as open_checkpoint does.
     """
-    has_weights = path.is_dir() and any(path.glob("*.safetensors*"))
+    has_weights = os.path.isdir(path) and any(path.glob("*.safetensors*"))
     config, absent, tensors = load_config(path), dict[str, Path](), expected(load_config(path))
     damaged: list[str] = []
     if has_weights:
