@@ -277,10 +277,11 @@ def _experts(recordings: Iterable[Recording], config: Config | None) -> dict[int
 
 def _wrong(recording: Recording, name: str, stored: Stored, experts: int) -> str | None:
     """What is wrong with the form of a tensor, and what was expected; None where nothing is."""
-    shape, dtype, part, expected = stored.shape, _dtype(stored), split(name)[1], axes(name)
-    is_ids = part == "moe.ids"
+    expected = axes(name)
     if expected is None and not is_weight(name):
         return None
+    shape, dtype, part = stored.shape, _dtype(stored), split(name)[1]
+    is_ids = part == "moe.ids"
     of_experts = f"expected 0 to {experts - 1}, ids of experts as integers"
     if is_ids and not dtype.startswith(("int", "uint")):
         return f"has dtype {dtype}, {of_experts}"
@@ -313,7 +314,7 @@ def _wrong(recording: Recording, name: str, stored: Stored, experts: int) -> str
 
 
 def _dtype(x: Stored) -> str:
-    return "bfloat16" if isinstance(x, BF16Array) else str(x.dtype)
+    return "bfloat16" if isinstance(x, BF16Array) else x.dtype.name
 
 
 def _least_precise(arrays: Iterable[Stored]) -> str:
