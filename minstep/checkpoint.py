@@ -163,7 +163,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     malformed, and where there are no weights at all.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise InputError(f"{path}: is not a folder, expected a checkpoint in hub layout")
     config = load_config(path)
     files: dict[Path, Header] = {}
@@ -172,7 +172,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     if (path / INDEX).exists():
         for name, shard in _weight_map(path / INDEX).items():
             file = path / shard
-            if file not in files and file not in damaged and file.is_file():
+            if file not in files and file not in damaged and os.path.exists(file):
                 try:
                     files[file] = open_header(file)
                 except InputError as error:

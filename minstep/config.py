@@ -97,7 +97,7 @@ def load_config(path: Path | str) -> Config:
     if not isinstance(path, (str, os.PathLike)):
         raise InputError(f"the path of a config is a {type(path).__name__}, expected a path")
     path = Path(path)
-    file = path / "config.json" if path.is_dir() else path
+    file = path / "config.json" if os.path.isdir(path) else path
     return parse_config(hub_config(read_json(file), str(file)), str(file))
 
 

@@ -1,5 +1,6 @@
 """The configurations shipped with minstep, found in a wheel and in a checkout alike."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ def find_config(name: str) -> Path:
     """
     path = Path(name)
     shipped = shipped_folder()
-    if path.exists():
+    if os.path.exists(path):
         return path
-    if name and Path(name).name == name and (shipped / name / "config.json").is_file():
+    if name and Path(name).name == name and os.path.isfile(shipped / name / "config.json"):
         return shipped / name
     names = ", ".join(sorted(folder.parent.name for folder in shipped.glob("*/config.json")))
     raise InputError(f"{name}: no such file or folder, nor a shipped configuration ({names})")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from minstep.bf16 import to_bf16
 from minstep.config import Config
-from minstep.files import MADE_BY, InputError, atomic_folder
+from minstep.files import MADE_BY, InputError, atomic_folder, read_file
 from minstep.fp8 import to_fp8
 from minstep.header import BYTES, laid_out
 from minstep.quantization import Quantization, parse_quantization
@@ -20,6 +20,7 @@ from minstep.weights import SCALES, Shape, blocks, random_rows, tensor_shapes
 # As the released FP8 checkpoint has it, but for the list of what stays bfloat16.
 FP8: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 FP8 |= {"weight_block_size": [128, 128]}
+MOST_TOKENIZER = 1 << 28  # bytes
 AT_ONCE = 1 << 26  # elements drawn at a time: 256 MB of float32
 NEVER = np.float32(-2)  # a bias with which no sigmoid score is among the best
 
@@ -83,7 +84,7 @@ def save_random(
             _write_json(folder / "model.safetensors.index.json", index)
         _write_json(folder / "config.json", said)
         if tokenizer is not None:
-            (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+            (folder / "tokenizer.json").write_bytes(read_file(tokenizer, MOST_TOKENIZER))
 
 
 def needed_space(config: Config, form: Form) -> int:

@@ -28,6 +28,7 @@ def save(trace: dict[str, Any], path: Path, **metadata: Any) -> Path:
         header[name] = {"dtype": code, "shape": list(x.shape), "data_offsets": [len(data), end]}
         data += np.ascontiguousarray(bits).tobytes()
     text = json.dumps(header).encode()
+    path.unlink(missing_ok=True)  # a file that is cut to be written again waits for the disk
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
     return path
 

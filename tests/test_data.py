@@ -177,7 +177,7 @@ def test_a_file_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
         "latin.txt": "byte 0xe9 at 3 is not UTF-8",
         "empty.txt": "is empty, expected text",
         "absent.txt": "cannot be read: No such file",
-        ".": "cannot be read: Is a directory",
+        ".": "cannot be read: it is a folder",
     }.items():
         with pytest.raises(InputError, match=expected) as refused:
             file_documents([tmp_path / name])

@@ -253,7 +253,7 @@ def test_a_flip_at_a_tie_leaves_out_its_row_and_later_all_rows_from_it(trace: Tr
         elif not name.startswith(L3) and name.endswith(".probs"):
             x[:, 5:] = 0.5
         elif not name.startswith(L3):
-            x[5:] = 1
+            x[5:] = np.arange(x.shape[-1]) if name.endswith(".ids") else 1
     left, right = Recording("ours", ours, TOKENS), Recording("theirs", theirs, TOKENS)
     report = diff(left, right)
     assert report.departure is None and ".moe.ids" not in verdict(report)
@@ -328,6 +328,8 @@ def test_a_tie_is_told_from_whatever_was_recorded(
                 6 if name.startswith(L3) else None
             )  # in its layer only the token's row is touched
             x[(slice(None),) * name.endswith(".probs") + (slice(5, later),)] += 1
+            if name.endswith(".ids"):
+                x %= trace[f"{L3}.moe.gate"].shape[1]
     save(ours, files[0], tokens=TOKENS)
     save(theirs, files[1], tokens=TOKENS)
     ran = run("diff", *files)

@@ -70,7 +70,7 @@ def test_the_table_shows_every_layer_and_tensor(run: Run) -> None:
 
 @pytest.mark.parametrize("name", ["huge", "../tiny", "no/such/place", "tiny/", "n" * 5000])
 def test_what_is_neither_a_path_nor_a_shipped_name_is_refused(name: str, refused: Refused) -> None:
-    refused("inspect", name, naming=(name.rstrip("/"),))
+    refused("inspect", name, naming=(name.rstrip("/")[:500],))
 
 
 def test_weights_without_their_index_are_refused(refused: Refused, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +303,7 @@ def test_an_index_that_names_a_tensor_twice_is_refused(half: Path, refused: Refu
     text = (half / INDEX).read_text().replace('"lm_head.weight"', '"model.norm.weight"')
     (half / INDEX).write_text(text)
     for how in (("--layer", 1), ("--shards",), ()):
-        refused("inspect", half, *how, naming=("is missing",))
+        refused("inspect", half, *how, naming=(INDEX, "key model.norm.weight stands twice"))
 
 
 def test_only_the_weights_that_were_asked_for_are_looked_up(half: Path) -> None:
@@ -325,3 +326,13 @@ def test_the_expected_tensors_are_the_files(tmp_path: Path, run: Run) -> None:
     assert {n: (t.dtype, t.shape) for n, t in shapes.items()} == {
         name: ("F32", x.shape) for name, x in plain.items()
     }
+
+
+def test_an_index_of_many_files_is_listed_in_linear_time(half: Path, run: Run) -> None:
+    index = json.loads((half / INDEX).read_text())
+    index["weight_map"] |= {f"other.{n}": f"other-{n}.safetensors" for n in range(20_000)}
+    (half / INDEX).write_text(json.dumps(index))
+    start = time.perf_counter()
+    ran = run("inspect", half, "--shards", "--json")
+    assert ran.code == 0 and len(json.loads(ran.out)["files"]) > 20_000
+    assert time.perf_counter() - start < 30  # comparing all with all takes minutes

@@ -18,7 +18,7 @@ from minstep.lab.explain import explain, looks_like, not_tried
 from minstep.lab.footguns import ALL, Footgun, is_plantable
 from minstep.lab.layer import Checked, check_layer
 from minstep.lab.names import is_weight, spans, split
-from minstep.lab.recording import Recording
+from minstep.lab.recording import Recording, check_forms
 from minstep.lab.rerun import input_names
 from minstep.lab.trace import EMBEDDING
 from minstep.terminal import Progress
@@ -83,6 +83,7 @@ def checkable(checkpoint: Checkpoint, theirs: Recording) -> tuple[list[int], dic
     return numbers, skipped
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite is told by name
 def check_layers(
     checkpoint: Checkpoint,
     theirs: Recording,
@@ -96,6 +97,7 @@ def check_layers(
     layers that differ in nothing but their weights, and depart at the same tensor, are not tried
     with all bugs again. Raises InputError as check_layer does.
     """
+    check_forms((theirs,), checkpoint.config, {*numbers})
     bar = Progress("checking", len(numbers), "layers")
     config, checks = checkpoint.config, Checks(theirs, [], {}, {})
     known: list[Footgun] = []

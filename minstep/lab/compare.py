@@ -3,6 +3,7 @@
 Checked by: tests/test_compare.py
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -110,7 +111,7 @@ def _compare_sets(name: str, ours: Array, theirs: Array, tolerance: float) -> Co
 
 def fitted(x: Array, shape: tuple[int, ...]) -> Array | None:
     """x in another shape where only axes of size 1 in front, or merged heads, differ; else None."""
-    if x.shape == shape or x.size != np.prod(shape):
+    if x.shape == shape or x.size != math.prod(shape):
         return x if x.shape == shape else None
     is_batched = _without_batch(x.shape) == _without_batch(shape)
     is_one_row = len(shape) > 0 and shape[0] == 1
@@ -132,9 +133,9 @@ def row_errors(name: str, ours: Array, theirs: Array) -> Array | None:
         return None
     largest = np.maximum(ours.max(axis=0), -ours.min(axis=0))
     kept = largest <= MASSIVE * np.median(largest)
-    errors = np.empty(len(ours))
+    errors, unit = np.empty(len(ours)), float(largest.max()) or 1.0  # whose square is a number
     for start in range(0, len(ours), step := max(1, CHUNK // ours.shape[1])):
-        x, y = (z[start : start + step, kept].astype(np.float64) for z in (ours, theirs))
+        x, y = (z[start : start + step, kept].astype(np.float64) / unit for z in (ours, theirs))
         length = np.linalg.norm(x, axis=1)
         errors[start : start + step] = np.linalg.norm(x - y, axis=1) / np.where(length, length, 1)
     return errors

@@ -8,13 +8,15 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from minstep.config import Config
 from minstep.files import InputError, shown
 from minstep.lab.compare import Comparison
 from minstep.lab.facts import common_beginning, depths
 from minstep.lab.names import mtp_layers, split
 from minstep.lab.pairs import align, compare_all, tolerance_of
-from minstep.lab.recording import Recording
+from minstep.lab.recording import Recording, check_forms
 from minstep.lab.router import Choice, Routers, recorded_choice
 
 STARTS = ("model.embed_tokens", "model.layers.0.input_layernorm")  # nothing of the port is in them
@@ -40,6 +42,7 @@ class Report(NamedTuple):
         return first_departure(self.rows)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite is told by name
 def diff(
     ours: Recording,
     theirs: Recording,
@@ -55,13 +58,15 @@ def diff(
     `tolerance`: for every tensor, in place of that of the less precise engine, which grows from
     layer to layer where the engine has 16 bits. `config`: of the model, for what the recordings do
     not say. `globs`: our names to look at. `routers`: of the model, where experts
-    differ. Raises InputError for recordings of other prompts or of another model, with nothing in
-    common, or ours with values not finite.
+    differ. A tensor of another size departs; one that cannot be what its name says is refused.
+    Raises InputError for recordings of other prompts or of another model, with nothing in common,
+    or ours with values not finite, and as check_forms does.
     """
-    shared = common_beginning(ours, theirs)
     if config is not None:
         check_model(ours, config)
         check_model(theirs, config)
+    check_forms((ours, theirs), config)
+    shared = common_beginning(ours, theirs)
     if shared is not None:
         deep = depths(ours, theirs, config)
         ours, theirs = ours.beginning(shared, deep), theirs.beginning(shared, deep)
@@ -111,7 +116,7 @@ def check_model(recording: Recording, config: Config) -> None:
     count = len(config.layers) + len(config.mtp_layers)
     for name in recording.names:
         layer, part = split(name)
-        where = f"{recording.path}: tensor {recording.source(name)}"
+        where = f"{recording.path}: tensor {shown(recording.source(name))}"
         if layer is not None and layer >= count:
             raise InputError(f"{where}: expected layers 0 to {count - 1}: it is of another model")
         if part == "input_layernorm" and recording.shape(name)[-1:] != (config.hidden_size,):

@@ -5,6 +5,7 @@ Checked by: tests/test_view.py, tests/test_diff.py
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
@@ -91,7 +92,7 @@ def read_facts(recording: Recording) -> Facts:
         for before, drafts, accepted, new in read:
             _require(all(type(n) is int and n >= 0 for n in (before, accepted, new, *drafts)))
             _require(accepted <= len(drafts) and new <= accepted + 1)
-        starts = [sum(each.new for each in read[:n]) for n in range(len(read))]
+        starts = [0, *accumulate(each.new for each in read)][: len(read)]
         _require([each.before for each in read] == starts)
         _require(sum(each.new for each in read) < max(count, 1))
         return read

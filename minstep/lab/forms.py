@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minstep.config import Config
-from minstep.files import InputError
+from minstep.files import InputError, shown
 from minstep.lab.names import is_wrapper, places, split, sums_experts
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")  # in the order in which they are fused
@@ -42,11 +42,15 @@ def stored_forms(path: Path | str, shapes: Shapes) -> dict[str, Form]:
             if name in forms and is_wrapper(source):
                 continue
             if name in forms:
-                both = f"{forms[name][0].source} and {source}"
-                raise InputError(f"{path}: tensors {both} are both {name}, expected one of them")
+                both = f"{shown(forms[name][0].source)} and {shown(source)}"
+                message = f"are both {shown(name)}, expected one of them"
+                raise InputError(f"{path}: tensors {both} {message}")
             term, axis = Term(source), outputs(name)
             if of > 1 and len(shapes[source]) >= -axis:
-                size = shapes[source][axis] // of
+                size, rest = divmod(shapes[source][axis], of)
+                if rest:
+                    message = f"has shape {list(shapes[source])}, expected {of} equal parts"
+                    raise InputError(f"{path}: tensor {shown(source)} {message}")
                 term = Term(source, start=part * size, stop=(part + 1) * size, axis=axis)
             forms[name] = (term,)
     return forms

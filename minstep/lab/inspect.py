@@ -1,7 +1,7 @@
 """What a config or a checkpoint holds: layers, shapes, dtypes, bytes and parameters by part."""
 
 import math
-import re
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from minstep.checkpoint import HUB_DTYPES, Checkpoint, open_checkpoint
 from minstep.config import Config, load_config
 from minstep.files import shown
 from minstep.header import BYTES
+from minstep.lab.names import split
 from minstep.weights import SCALES, Shape, blocks, tensor_shapes
 
 
@@ -22,7 +23,7 @@ def inspect(path: Path) -> dict[str, Any]:
     and bytes are what the config gives; `missing` counts those in files that the index names.
     Raises InputError as open_checkpoint does.
     """
-    has_weights = path.is_dir() and any(path.glob("*.safetensors*"))
+    has_weights = os.path.isdir(path) and any(path.glob("*.safetensors*"))
     config, absent, tensors = load_config(path), dict[str, Path](), expected(load_config(path))
     damaged: list[str] = []
     if has_weights:
@@ -109,8 +110,8 @@ def _count(part: dict[str, int], parameters: int, tensor: Stored) -> None:
 
 def layer_number(name: str) -> int:
     """The layer a tensor belongs to; -1 outside the layers."""
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    return int(match[1]) if match else -1
+    number, part = split(name)
+    return -1 if number is None or not part else number
 
 
 def _part(name: str, config: Config) -> str:

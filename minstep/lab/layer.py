@@ -16,7 +16,7 @@ from minstep.lab.footguns import variant
 from minstep.lab.forms import config_widths, derived
 from minstep.lab.names import is_weight, mtp_layers, split
 from minstep.lab.pairs import align, compare_all
-from minstep.lab.recording import Recording
+from minstep.lab.recording import Recording, check_forms
 from minstep.lab.rerun import NORM, Rerun, layer_input, run_layer, weight_of
 from minstep.lab.trace import EMBEDDING, HEAD
 
@@ -41,6 +41,7 @@ class Checked(NamedTuple):
         return next((c for c in self.comparisons if not c.is_match), None)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite is told by name
 def check_layer(
     checkpoint: Checkpoint,
     n: int,
@@ -54,8 +55,9 @@ def check_layer(
     MTP layer the embedding; what stands before and after the layers is compared where its weights
     are there. `tolerance`: in place of the one of the less precise engine's dtype. Raises
     InputError where the recording lacks the input or every output, or is of another model or
-    prompt.
+    prompt, and as check_forms does.
     """
+    check_forms((theirs,), checkpoint.config, {n})
     state = layer_input(checkpoint, n, theirs, dtype)
     if tolerance is None:
         tolerance = max(TOLERANCES[np.dtype(dtype).name], TOLERANCES[theirs.engine_dtype])

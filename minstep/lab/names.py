@@ -35,6 +35,7 @@ RULES = (
     (r"\.moe\.experts\.(?:routed_experts\.)?w13_weight$", ".moe.gate_up_proj.weight"),
     (r"\.moe\.experts\.(?:routed_experts\.)?w2_weight$", ".moe.down_proj.weight"),
 )
+LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})(?:\.(.+))?")
 VLLM = re.compile(r"\.self_attn\.qkv_proj|\.moe\.experts|\.moe\.share_expert")
 # Modules that return what the last of their own parts does: the part goes before where both are.
 WRAPPERS = re.compile(r"\.(?:self_attn|mtp_block|shared_head|moe\.experts)(?:\.0)?$|\d\.0$")
@@ -61,8 +62,11 @@ class Place(NamedTuple):
 
 
 def split(name: str) -> tuple[int | None, str]:
-    """`model.layers.3.moe.gate` -> 3, `moe.gate`; no layer: None and the name."""
-    found = re.fullmatch(r"model\.layers\.(\d+)(?:\.(.+))?", name)
+    """`model.layers.3.moe.gate` -> 3, `moe.gate`; no layer: None and the name.
+
+    A number that no model has, of more than six digits or with zeros in front, is no layer.
+    """
+    found = LAYER.fullmatch(name)
     return (int(found[1]), found[2] or "") if found else (None, name)
 
 

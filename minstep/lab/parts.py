@@ -17,10 +17,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from minstep.files import TEMPORARY, InputError, atomic_file, locked, os_reason
+from minstep.files import (
+    TEMPORARY,
+    InputError,
+    atomic_file,
+    locked,
+    open_file,
+    os_reason,
+    read_file,
+)
 from minstep.header import Data, Tensor, read_header, write_tensors
+from minstep.keys import MAX_JSON, strict_json
 from minstep.lab.trace import Trace
 from minstep.tap import Array
 
@@ -100,21 +110,21 @@ class Parts:
         """Go on where another run ended: what it kept is what is wanted, and is not damaged."""
         journal, again = self.folder / JOURNAL, f"remove {self.folder} to begin again"
         try:
-            run = json.loads(journal.read_bytes())
+            run = strict_json(read_file(journal, MAX_JSON).decode("utf-8"))
             other = next((k for k in identity if run["recording"][k] != identity[k]), None)
             after = self.folder / STATE.format(len(run["done"]) - 1)
             sums = {self.folder / PART.format(n): crc for n, crc in enumerate(run["done"])}
             sums[after] = run["state"]
             damaged = [] if other else [f for f, crc in sums.items() if _checksum(f) != crc]
-        except (KeyError, TypeError, ValueError, RecursionError, OSError) as error:
+            state = None if other or damaged else load_file(after)["state"]  # [T, D]
+        except (KeyError, TypeError, ValueError, RecursionError, OSError, SafetensorError) as error:
             raise InputError(f"{journal}: is not as record left it ({error}), {again}") from error
         if other:
             message = f"belongs to another recording ({other})"
             raise InputError(f"{self.folder}: {message}: remove it or choose another --out")
         if damaged:
             raise InputError(f"{damaged[0]}: is damaged, {again}")
-        self._run = run
-        self.state = load_file(after)["state"]  # [T, D]
+        self._run, self.state = run, state
 
     def _tidy(self) -> None:
         """Remove files that a killed run left, and the state before the last."""
@@ -171,7 +181,7 @@ def _naming(out: Path) -> Iterator[None]:
 def _checksum(file: Path) -> int:
     """CRC-32 of a whole file."""
     checksum = 0
-    with file.open("rb") as opened:
+    with open_file(file) as opened:
         while piece := opened.read(PIECE):
             checksum = zlib.crc32(piece, checksum)
     return checksum
@@ -179,7 +189,7 @@ def _checksum(file: Path) -> int:
 
 def _pieces(tensor: Tensor) -> Iterator[bytes]:
     """The bytes of a tensor in its file."""
-    with tensor.file.open("rb") as opened:
+    with open_file(tensor.file) as opened:
         opened.seek(tensor.offset)
         left = tensor.nbytes
         while left:

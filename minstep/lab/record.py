@@ -18,8 +18,9 @@ from numpy.typing import DTypeLike
 
 from minstep.checkpoint import Checkpoint
 from minstep.config import Config
-from minstep.files import InputError
+from minstep.files import InputError, read_file
 from minstep.generate import check_prompt
+from minstep.keys import MAX_JSON
 from minstep.lab.choice import before, choose
 from minstep.lab.facts import metadata
 from minstep.lab.inspect import expected
@@ -68,7 +69,7 @@ class Job(NamedTuple):
         tensors, folder = self.checkpoint.tensors, self.checkpoint.path
         files = sorted({tensors[name].file for names in self.stages.values() for name in names})
         facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        model = hashlib.sha256((folder / "config.json").read_bytes() + repr(facts).encode())
+        model = hashlib.sha256(read_file(folder / "config.json", MAX_JSON) + repr(facts).encode())
         state = None if self.state is None else hashlib.sha256(self.state.tobytes()).hexdigest()
         dtype = np.dtype(self.dtype).name
         return {
@@ -102,7 +103,7 @@ def plan(
     first, state = 0, None
     if source is not None:
         first = numbers[0]
-        state = _recorded(source, every, first, tokens, config).astype(dtype)  # [T, D]
+        state = _recorded(source, every, first, tokens, config, dtype)  # [T, D]
     held = {*checkpoint.tensors, *checkpoint.absent}
     tensors = expected(config, checkpoint.has_own_heads(), held)
     run = {
@@ -116,10 +117,15 @@ def plan(
 
 
 def _recorded(
-    path: Path, every: Sequence[Stage], number: int, tokens: Sequence[int], config: Config
+    path: Path,
+    every: Sequence[Stage],
+    number: int,
+    tokens: Sequence[int],
+    config: Config,
+    dtype: DTypeLike,
 ) -> Array:
-    """The state [T, D] that a stage begins from, out of a recording; of an MTP depth at least the
-    rows that it reads.
+    """The state [T, D] that a stage begins from, out of a recording, in `dtype`; of an MTP depth at
+    least the rows that it reads.
     """
     if number == 0:
         raise InputError("--input: the embedding has none, expected --layers as well")
@@ -135,10 +141,9 @@ def _recorded(
     if len(shape) != 2 or shape[1] != D or shape[0] < rows or (not depth and shape[0] > rows):
         message = f"has shape {list(shape)}, expected {[rows, D]} by the prompt and the config"
         raise InputError(f"{path}: tensor {name} {message}")
-    x = recording.array(name)
-    if x.dtype.kind != "f":
-        raise InputError(f"{path}: tensor {name} is {x.dtype}, expected floats")
-    return x[: len(tokens)]
+    if recording.array(name).dtype.kind != "f":
+        raise InputError(f"{path}: tensor {name} is {recording.dtype(name)}, expected floats")
+    return recording.floats(name, dtype)[: len(tokens)]
 
 
 def record_file(job: Job, out: Path, tell: Callable[[str], None]) -> None:

@@ -5,19 +5,20 @@ ids, and `dtype`, what the engine computed in.
 Checked by: tests/test_recording.py
 """
 
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from minstep.bf16 import BF16Array
-from minstep.files import InputError
-from minstep.header import read_header
+from minstep.config import Config
+from minstep.files import InputError, shown
+from minstep.header import open_header
+from minstep.keys import MAX_INTEGER, strict_json
 from minstep.lab.forms import Term, stored_forms
 from minstep.lab.names import HEADS, axes, in_model_order, is_weight, mtp_layers, split
 from minstep.pages import DONTNEED, Map, Pages
@@ -26,7 +27,10 @@ from minstep.validation import NotFinite, flaw
 
 STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"}
 STORED |= {f"{kind.upper()}{n * 8}": f"<{kind}{n}" for kind in "iu" for n in (1, 2, 4, 8)}
+MOST_EXPERTS = 4096  # of a layer: where biases are not known, all pairs of experts are compared
 FLOATS = ("bfloat16", "float16", "float32", "float64")  # the least precise first
+
+PER_EXPERT = ("moe.gate_proj", "moe.up_proj", "moe.down_proj")  # one expert's, or those of all
 
 Stored = NDArray[np.generic] | BF16Array
 
@@ -53,6 +57,7 @@ class Recording:
         self.forms = stored_forms(path, {name: x.shape for name, x in stored.items()})
         self.engine_dtype = engine_dtype or _least_precise(stored.values())
         self.rows = len(tokens) if tokens else self._rows()
+        self._layer_rows: dict[int, int] | None = None
         self._end: int | None = None  # positions that are looked at, None for all
         self._depths: Mapping[int, int] = {}
 
@@ -105,7 +110,8 @@ class Recording:
         x, *more = (self._read(name, term) for term in self.forms[name])
         for y in more:
             self._check_shape(name, x.shape, y.shape)
-            x = x + y
+            with np.errstate(over="ignore"):
+                x = self._finite(self.source(name), x + y)
         layer, part = split(name)
         ids = f"model.layers.{layer}.moe.ids"
         if part in ("moe.ids", "moe.weights", "moe.weights.unscaled") and ids in self.forms:
@@ -126,7 +132,21 @@ class Recording:
     def _check_shape(self, what: str, one: tuple[int, ...], other: tuple[int, ...]) -> None:
         if one != other:
             message = f"has parts of shape {list(one)} and {list(other)}, expected the same"
-            raise InputError(f"{self.path}: tensor {what} {message}")
+            raise InputError(f"{self.path}: tensor {shown(what)} {message}")
+
+    def floats(self, name: str, dtype: DTypeLike) -> Array:
+        """The tensor in `dtype`. Raises InputError as `array` does, and for what does not fit."""
+        with np.errstate(over="ignore"):
+            x = self.array(name).astype(dtype)
+        if what := flaw(x):
+            message = f"{what} as {np.dtype(dtype)}, expected numbers that it can hold"
+            raise InputError(f"{self.path}: tensor {shown(self.source(name))} {message}")
+        return x
+
+    def _finite(self, source: str, x: Array) -> Array:
+        if what := flaw(x):
+            raise NotFinite(f"{self.path}: tensor {shown(source)}", what)
+        return x
 
     def _part(self, name: str, term: Term) -> Stored:
         """What a term takes of a stored tensor, without batch axes; nothing is read."""
@@ -155,18 +175,24 @@ class Recording:
         x = np.array(stored, dtype=np.float32 if is_short else None)
         if self._mapped is not None and DONTNEED is not None:
             self._mapped.madvise(DONTNEED)  # only the copy stays in memory
-        if what := flaw(x):
-            raise NotFinite(f"{self.path}: tensor {term.source}", what)
-        return x if term.scale == 1 else x * x.dtype.type(term.scale)
+        self._finite(term.source, x)
+        if name.endswith(".moe.ids") and x.dtype.kind == "u":
+            x = x.astype(np.int64)
+        if term.scale == 1:
+            return x
+        with np.errstate(over="ignore"):
+            return self._finite(term.source, x * x.dtype.type(term.scale))
 
     def _rows_of(self, name: str) -> int:
         """How many positions a tensor's layer has: as others of it say, else as the prompt has."""
-        at = name.partition(".self_attn")[0]
-        for sibling, (term, *_) in self.forms.items():
-            shape = self.stored[term.source].shape
-            if sibling.startswith(f"{at}.") and axes(sibling) == 2 and len(shape) > 1:
-                return int(shape[-2])
-        return self.rows or 1
+        if self._layer_rows is None:
+            self._layer_rows = {}
+            for sibling, (term, *_) in self.forms.items():
+                (layer, part), shape = split(sibling), self.stored[term.source].shape
+                if layer is not None and part and axes(sibling) == 2 and len(shape) > 1:
+                    self._layer_rows.setdefault(layer, int(shape[-2]))
+        layer = split(name)[0]
+        return self._layer_rows.get(-1 if layer is None else layer, self.rows or 1)
 
     def _rows(self) -> int | None:
         """T as the activations of the main layers have it, if there are any."""
@@ -184,25 +210,103 @@ def open_recording(path: Path) -> Recording:
     Raises InputError for a file that is not whole, for metadata that is malformed, for a dtype that
     no recording has, and for two tensors that are the same one of ours.
     """
-    tensors = read_header(path)
-    metadata = _metadata(path)
-    mapped = Pages().map(path)
+    header = open_header(path)
+    mapped = Pages().map(path, header)
     stored: dict[str, Stored] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in header.tensors.items():
         if tensor.dtype not in STORED:
             expected = ", ".join(STORED)
             message = f"has dtype {tensor.dtype}, expected one of {expected}"
-            raise InputError(f"{path}: tensor {name} {message}")
+            raise InputError(f"{path}: tensor {shown(name)} {message}")
         count = math.prod(tensor.shape)
         flat = np.frombuffer(mapped, STORED[tensor.dtype], count, tensor.offset)
         shaped = flat.reshape(tensor.shape)
         stored[name] = BF16Array(shaped) if tensor.dtype == "BF16" else shaped
-    tokens, engine = _tokens(path, metadata), _engine(path, metadata)
-    return Recording(path, stored, tokens, engine, mapped, metadata)
+    tokens, engine = _tokens(path, header.metadata), _engine(path, header.metadata)
+    return Recording(path, stored, tokens, engine, mapped, header.metadata)
+
+
+def check_forms(
+    recordings: Sequence[Recording],
+    config: Config | None = None,
+    layers: Collection[int] | None = None,
+) -> None:
+    """Raise InputError for a tensor that cannot be what its name says; sizes are not looked at.
+
+    A tensor of ours has as many axes as the model's, none of size 0, and holds floats. What may be
+    absent: batch axes of size 1 in front, the axis of heads, and in a recording of one token that
+    of positions. Expert ids are integers of any dtype: in each row different ones, of experts that
+    there are, by the config, else by the logits in any of the recordings, which are of one model.
+    `layers`: look at these, at what they take as input, and at what is outside the layers alone.
+    Names that are not ours may hold anything.
+    Checked by: tests/test_hostile_recordings.py
+    """
+    experts = _experts(recordings, config)
+    for recording in recordings:
+        for name, (term, *_) in recording.forms.items():
+            layer, part = split(name)
+            is_input = layer is not None and part == "" and layer + 1 in (layers or ())
+            if layers is None or layer is None or layer in layers or is_input:
+                stored, where = recording.stored[term.source], shown(term.source)
+                wrong = _wrong(recording, name, stored, experts.get(layer or 0, MOST_EXPERTS))
+                if wrong:
+                    raise InputError(f"{recording.path}: tensor {where} {wrong}")
+
+
+def _experts(recordings: Iterable[Recording], config: Config | None) -> dict[int, int]:
+    """How many experts each layer has, as far as anything tells."""
+    specs = enumerate((*config.layers, *config.mtp_layers)) if config else ()
+    found = {n: spec.moe.experts for n, spec in specs if spec.moe}
+    known = {*found}
+    for recording in recordings:
+        for name, (term, *_) in recording.forms.items():
+            layer, part = split(name)
+            shape = recording.stored[term.source].shape
+            if layer is not None and layer not in known and part == "moe.gate" and shape:
+                found[layer] = max(found.get(layer, 0), shape[-1])
+    return found
+
+
+def _wrong(recording: Recording, name: str, stored: Stored, experts: int) -> str | None:
+    """What is wrong with the form of a tensor, and what was expected; None where nothing is."""
+    expected = axes(name)
+    if expected is None and not is_weight(name):
+        return None
+    shape, dtype, part = stored.shape, _dtype(stored), split(name)[1]
+    is_ids = part == "moe.ids"
+    of_experts = f"expected 0 to {experts - 1}, ids of experts as integers"
+    if is_ids and not dtype.startswith(("int", "uint")):
+        return f"has dtype {dtype}, {of_experts}"
+    if not is_ids and dtype not in FLOATS:
+        return f"has dtype {dtype}, expected floats"
+    if 0 in shape:
+        return f"has shape {list(shape)}, expected no axis of size 0"
+    if expected is None:
+        good = 1 <= len(shape) <= 3
+        return None if good else f"has shape {list(shape)}, expected 1 to 3 axes of a weight"
+    if part not in PER_EXPERT:
+        count = len(shape)
+        while count > expected and shape[-count] == 1:
+            count -= 1
+        allowed = {expected, 2} if name.endswith(HEADS) else {expected}
+        if expected == 2 and len(recording.tokens or ()) == 1:
+            allowed.add(1)
+        if count not in allowed:
+            return f"has shape {list(shape)}, expected {expected} axes"
+    if part == "moe.gate" and shape[-1] > MOST_EXPERTS:
+        return f"has shape {list(shape)}, expected logits of at most {MOST_EXPERTS} experts"
+    if is_ids:
+        x = np.asarray(stored)
+        if x.min() < 0 or x.max() >= experts:
+            return f"holds {x.min()} to {x.max()}, {of_experts}"
+        ordered = np.sort(x, axis=-1)
+        if (ordered[..., 1:] == ordered[..., :-1]).any():
+            return f"has an expert twice in a row, {of_experts}"
+    return None
 
 
 def _dtype(x: Stored) -> str:
-    return "bfloat16" if isinstance(x, BF16Array) else str(x.dtype)
+    return "bfloat16" if isinstance(x, BF16Array) else x.dtype.name
 
 
 def _least_precise(arrays: Iterable[Stored]) -> str:
@@ -211,26 +315,17 @@ def _least_precise(arrays: Iterable[Stored]) -> str:
     return next((dtype for dtype in FLOATS if dtype in found), "float32")
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    """The file's metadata, of which read_header has seen only that it is JSON."""
-    with path.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        metadata = json.loads(opened.read(length)).get("__metadata__") or {}
-    if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
-        raise InputError(f"{path}: __metadata__ holds what is not text, expected texts by name")
-    return metadata
-
-
 def _tokens(path: Path, metadata: dict[str, str]) -> list[int] | None:
     """The prompt, where the metadata has it."""
     text = metadata.get("tokens")
     if text is None:
         return None
     try:
-        tokens = json.loads(text)
+        tokens = strict_json(text)
     except (ValueError, RecursionError):
         tokens = None
-    if not isinstance(tokens, list) or not all(type(t) is int and t >= 0 for t in tokens):
+    is_list = isinstance(tokens, list)
+    if not is_list or not all(type(t) is int and 0 <= t <= MAX_INTEGER for t in tokens):
         raise InputError(f"{path}: metadata tokens is {text!r:.80}, expected a JSON list of ids")
     return tokens
 

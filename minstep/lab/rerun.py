@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 
 from minstep.checkpoint import Checkpoint
 from minstep.config import LayerSpec
-from minstep.files import InputError
+from minstep.files import InputError, shown
 from minstep.lab.compare import fitted
 from minstep.lab.footguns import Variant, variant
 from minstep.lab.recording import Recording
@@ -78,7 +78,8 @@ class Rerun:
         other = self._recorded(name.replace("ids", "gate"), self.gate)
         if theirs is not None and not are_experts(theirs, ids.shape[1], self.gate):
             message = f"holds other numbers than those of experts, expected 0 to {E - 1}"
-            raise InputError(f"{self.theirs.path}: tensor {self.theirs.source(name)} {message}")
+            source = shown(self.theirs.source(name))
+            raise InputError(f"{self.theirs.path}: tensor {source} {message}")
         self.choice = choice(self.choose, ids, self.gate, other, theirs, self.tolerance)
         self.ties = int(self.choice.tied.sum())
         return self.choice.ids
@@ -133,7 +134,7 @@ def layer_input(checkpoint: Checkpoint, n: int, theirs: Recording, dtype: DTypeL
     if name is None:
         message = f"lacks the input of layer {n}, expected {' or '.join(names)}"
         raise InputError(f"{theirs.path}: {message}")
-    where, shape = f"{theirs.path}: tensor {theirs.source(name)}", theirs.shape(name)
+    where, shape = f"{theirs.path}: tensor {shown(theirs.source(name))}", theirs.shape(name)
     if len(shape) != 2 or shape[1] != D or not shape[0]:
         message = f"has shape {list(shape)}, expected [positions, {D}]: it is of another model"
         raise InputError(f"{where} {message}")
@@ -141,7 +142,7 @@ def layer_input(checkpoint: Checkpoint, n: int, theirs: Recording, dtype: DTypeL
     if shape[0] < rows or (shape[0] > rows and not k):
         message = f"has {shape[0]} positions, expected {rows} by the tokens in the metadata"
         raise InputError(f"{where} {message}")
-    return theirs.array(name)[:rows].astype(dtype)
+    return theirs.floats(name, dtype)[:rows]
 
 
 def run_layer(

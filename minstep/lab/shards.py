@@ -3,6 +3,7 @@
 Checked by: tests/test_shards.py
 """
 
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,13 +168,16 @@ def _outside(why: dict[str, str], found: dict[str, Place]) -> list[dict[str, Any
 def shards_report(checkpoint: Checkpoint) -> dict[str, Any]:
     """Each file of the checkpoint: whether it is there, its bytes, and what it holds."""
     found = places(checkpoint)
+    by_file: dict[Path, dict[str, Place]] = {}
+    for name, place in found.items():
+        by_file.setdefault(place.file, {})[name] = place
     files = []
-    for file, nbytes in sorted(_bytes_by_file(found).items()):
-        held = [name for name, place in found.items() if place.file == file]
+    for file, held in sorted(by_file.items()):
+        nbytes = sum(place.nbytes for place in held.values())
         rest = [name for name in held if layer_number(name) < 0]
-        numbers = sorted({layer_number(name) for name in held if name not in rest})
+        numbers = sorted({layer_number(name) for name in held} - {-1})
         files.append(
-            _file(file, found)
+            _file(file, held)
             | {"tensors": len(held), "bytes": nbytes, "layers": numbers, "outside_layers": rest}
         )
     damaged = list(checkpoint.damaged.values())
@@ -227,7 +231,7 @@ def _file(file: Path, held: dict[str, Place]) -> dict[str, Any]:
     """A file's name, whether it is there and whole, its size and what it takes on the disk."""
     is_there = any(place.is_there for place in held.values() if place.file == file)
     said: dict[str, Any] = {"file": file.name, "there": is_there}
-    if not file.is_file():
+    if not os.path.isfile(file):
         return said | {"file_bytes": None, "disk_bytes": None}
     stat = file.stat()
     on_disk = getattr(stat, "st_blocks", -(-stat.st_size // 512)) * 512

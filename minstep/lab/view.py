@@ -24,7 +24,7 @@ from minstep.files import InputError, atomic_file
 from minstep.lab.facts import Facts, LayerFacts, layer_facts, piece, read_facts
 from minstep.lab.lens import LensModel, lens, open_lens
 from minstep.lab.names import axes, mtp_depths, split
-from minstep.lab.recording import Recording, open_recording
+from minstep.lab.recording import Recording, check_forms, open_recording
 from minstep.lab.trace import EMBEDDING
 from minstep.tap import Array
 from minstep.terminal import wrote
@@ -81,8 +81,10 @@ def page_data(recording: Recording, facts: Facts, model: LensModel | None = None
     """Everything that the page shows, as JSON values. Numbers are rounded to 4 digits.
 
     `model`: the one that the recording is of, for the logit lens. Raises InputError for a recording
-    that holds nothing of a layer, and for a tensor whose rows do not fit the text.
+    that holds nothing of a layer, for a tensor whose rows do not fit the text, and as check_forms
+    does.
     """
+    check_forms((recording,))
     recorded = {n for name in recording.names if axes(name) and (n := split(name)[0]) is not None}
     mtp = mtp_depths(recording.names)
     depths = {n: mtp.get(n, 0) for n in recorded}

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minstep.files import InputError, os_reason
+from minstep.files import InputError, read_file
 
+MOST_TEXT = 1 << 28  # bytes of a file: 256 MB, all of which is in memory as text and tokens
 SECTION = 4096  # characters of a section of a file, up to the next blank line
 TESTS = ("test", "tests", "idle_test")  # folders of the standard library that explain nothing
 # Extension modules that explain nothing, and two that would change the terminal or need a display.
@@ -67,15 +68,15 @@ def file_documents(files: Sequence[Path]) -> list[Document]:
 
     Where a blank line is far, a section ends at the end of a line, or anywhere. Their text is as it
     stands, but for the ends of lines. A section is named file/PATH#N, from 1.
-    Raises InputError for a file that cannot be read, is empty or is not UTF-8.
+    Raises InputError for a file that cannot be read, is empty, has more than MOST_TEXT bytes or is
+    not UTF-8.
     Checked by: tests/test_data.py
     """
     documents = list[Document]()
     for file in files:
+        content = read_file(file, MOST_TEXT)
         try:
-            text = file.read_text(encoding="utf-8-sig")
-        except OSError as error:
-            raise InputError(f"{file}: cannot be read: {os_reason(error)}") from error
+            text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
             at = f"byte {error.object[error.start]:#04x} at {error.start}"
             raise InputError(f"{file}: {at} is not UTF-8, expected a text file") from error

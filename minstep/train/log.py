@@ -1,9 +1,12 @@
 """The log of a run: a line every few steps, which people read and programs can read back."""
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
-from minstep.files import InputError, os_reason
+from minstep.files import InputError, read_file
+
+MOST_LOG = 1 << 28  # bytes of a file: two million lines
 
 
 class Row(NamedTuple):
@@ -39,18 +42,23 @@ def read_log(file: Path) -> list[Row]:
     Raises InputError where the file cannot be read.
     Checked by: tests/test_log.py
     """
+    content = read_file(file, MOST_LOG)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = os_reason(error) if isinstance(error, OSError) else "it is not UTF-8"
-        raise InputError(f"{file}: cannot be read: {reason}") from error
+        lines = content.decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: cannot be read: it is not UTF-8") from error
     fields = (text.split() for text in lines)
-    return [_row(words) for words in fields if len(words) > 6 and words[0].isdigit()]
+    return [row for words in fields if (row := _row(words)) is not None]
 
 
-def _row(words: list[str]) -> Row:
-    """The row whose columns these are."""
-    losses = tuple(float(word) for word in words[1:-5])
-    rate, norm, least, most = map(float, words[-5:-1])
-    held_out = None if words[-1] == "-" else float(words[-1])
+def _row(words: list[str]) -> Row | None:
+    """The row whose columns these are; None for the words of a note."""
+    if len(words) < 7 or not re.fullmatch("[0-9]{1,18}", words[0]):
+        return None
+    try:
+        losses = tuple(float(word) for word in words[1:-5])
+        rate, norm, least, most = map(float, words[-5:-1])
+        held_out = None if words[-1] == "-" else float(words[-1])
+    except ValueError:
+        return None
     return Row(int(words[0]), losses, rate, norm, least, most, held_out)

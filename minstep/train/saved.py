@@ -1,6 +1,7 @@
 """What a run leaves: a checkpoint in hub layout, and the state from which it can go on."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from minstep.bf16 import to_bf16
-from minstep.files import InputError, atomic_file, os_reason
+from minstep.files import InputError, atomic_file, open_file, os_reason
 from minstep.header import Data, write_tensors
 from minstep.tap import Array
 
@@ -54,13 +55,16 @@ def save_state(folder: Path, state: dict[str, Array], facts: dict[str, Any]) -> 
 def load_state(folder: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     """What save_state wrote. Raises InputError where it is missing or damaged."""
     file = folder / STATE
+    if not os.path.exists(file):
+        raise InputError(f"{file}: is missing, expected what an unfinished run leaves")
+    open_file(file).close()  # the package would wait for a pipe
     try:
         with safe_open(file, framework="numpy") as opened:
             facts = json.loads((opened.metadata() or {})["facts"])
+            if not isinstance(facts, dict) or not isinstance(facts.get("plan", {}), dict):
+                raise ValueError("its facts are no object with a plan")
             return {name: opened.get_tensor(name) for name in opened.keys()}, facts
-    except FileNotFoundError:
-        raise InputError(f"{file}: is missing, expected what an unfinished run leaves") from None
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         message = f"is damaged: {error}, expected what an unfinished run leaves"
         raise InputError(f"{file}: {message}") from error
     except OSError as error:
