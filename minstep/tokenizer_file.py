@@ -87,7 +87,9 @@ def _check(raw: dict[str, Any]) -> None:
             if growth[key] > MOST_GROWTH:
                 raise InputError(f"the {part} makes a text more than {MOST_GROWTH} times longer")
     model = raw.get("model")
-    if not isinstance(model, dict) or model.get("type", "BPE") not in KINDS["model"].split():
+    if not isinstance(model, dict):
+        raise ValueError("it has no model")
+    if model.get("type", "BPE") not in KINDS["model"].split():
         raise InputError(f"model: expected one of the types {KINDS['model']}")
     if model.get("dropout"):
         raise InputError("model: dropout encodes a text otherwise each time, expected none")
