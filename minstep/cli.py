@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from minstep.arguments import (
 from minstep.bench.flags import add_bench
 from minstep.book.exercise import add_exercise
 from minstep.book.footgun import add_footgun
+from minstep.chat import SpecialTokens
 from minstep.cost.flags import add_cost
 from minstep.files import (
     LONGEST_MESSAGE,
@@ -222,12 +223,20 @@ def _decoding_flags(
     run.add_argument("--prefill-chunk", type=at_least(1), default=512, metavar="N", help=text)
 
 
+def _special_tokens_flag(add: argparse.ArgumentParser, where: str) -> None:
+    """What becomes of special tokens that messages spell."""
+    choices = get_args(SpecialTokens)
+    text = f"those that {where}: tokens as in the released template, plain text, or an error"
+    add.add_argument("--special-tokens", choices=choices, default=choices[0], help=text)
+
+
 def _generate_flags(add: argparse.ArgumentParser) -> None:
     """The flags of generate alone: where the prompt comes from, and what is printed."""
     messages = "a conversation, as a JSON array of messages"
     add_prompt(add).add_argument("--chat-messages", type=path, metavar="FILE.json", help=messages)
     tools = "what the model may call, as a JSON array; with --chat-messages"
     add.add_argument("--tools", type=path, metavar="FILE.json", help=tools)
+    _special_tokens_flag(add, "--chat-messages and --tools spell")
     _decoding_flags(add, temp=0.0, top_p=1.0, most=100, told="100")
     logs = "log-probabilities of each token and of the N likeliest"
     add.add_argument("--logprobs", type=at_least(0), default=0, metavar="N", help=logs)
@@ -263,6 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--system", "--system-prompt", metavar="TEXT", help=text)
     tools = "what the model may call, as a JSON array"
     add.add_argument("--tools", type=path, metavar="FILE.json", help=tools)
+    _special_tokens_flag(add, "messages spell")
     text = "show answers without the thinking before them"
     add.add_argument("--hide-thinking", action="store_true", help=text)
     most = f"{commands.ANSWER}; {commands.PIECE} where the model only continues a text"

@@ -139,6 +139,8 @@ def run_generate(args: Namespace) -> None:
     """Continue a prompt or answer a conversation: text as it comes, or one JSON object."""
     if args.tools and not args.chat_messages:
         raise InputError("--tools goes with --chat-messages")
+    if args.special_tokens != "released" and not args.chat_messages:
+        raise InputError("--special-tokens goes with --chat-messages")
     model = open_model(args.model)
     tools = read_tools(args.tools)
     prompt = _prompt(args, model, tools)
@@ -210,10 +212,10 @@ def _prompt(args: Namespace, model: Model, tools: list[Any] | None) -> list[int]
     tokenizer = needed_tokenizer(args, model.tokenizer, "--chat-messages")
     messages = read_json(args.chat_messages, list)
     try:
-        text = render(messages, tools)
+        text = render(messages, tools, special_tokens=args.special_tokens)
+        return encode(tokenizer, text, is_rendered=True)
     except InputError as error:
         raise InputError(f"{args.chat_messages}: {error}") from error
-    return encode(tokenizer, text, is_rendered=True)
 
 
 def run_chat(args: Namespace) -> None:
@@ -226,7 +228,7 @@ def run_chat(args: Namespace) -> None:
     if tools and not model.config.can_chat:
         raise InputError(f"--tools {args.tools}: the model only continues text (can_chat is false)")
     kind = Conversation if model.config.can_chat else Story
-    conversation = kind(tokenizer, args.system, tools, args.stop)
+    conversation = kind(tokenizer, args.system, tools, args.stop, args.special_tokens)
     check_drafts(args, model.config)
     weights, rng = model.load(_drafts(args)), np.random.default_rng(args.seed)
     if not model.config.can_chat:

@@ -6,15 +6,16 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from minstep.chat import ChatStream, Event, render
+from minstep.chat import ChatStream, Event, Prompt, SpecialTokens, render
 from minstep.continuation import Continuation
 from minstep.files import InputError
 from minstep.generate import Step
 from minstep.reply import PlainStream, gathered
 from minstep.terminal import Display, note, read_line, summary
 from minstep.tokenizer import StreamingText, encode
-from minstep.toolcalls import Tools
+from minstep.toolcalls import Piece, Tools
 
+NOTHING = {"role": "user", "content": ""}  # a question whose prompt shows what can be rendered
 Decode = Callable[[list[int]], Iterator[Step]]
 
 WELCOME = "/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves"
@@ -29,7 +30,8 @@ A tool's result is a line such as <tool_response>RESULT</tool_response>."""
 class Conversation:
     """The messages so far, and the rule of what an answer is; it reads and prints nothing.
 
-    Raises InputError when the system text or the tools cannot be rendered.
+    `special_tokens` is for what the messages spell, as for `render`. Raises InputError when the
+    system text or the tools cannot be rendered.
     Differs: each turn reads its whole prompt again instead of keeping the caches. The template
         drops the thinking of earlier turns, so that from there on the prompt is another one.
     Checked by: tests/test_conversation.py
@@ -41,12 +43,14 @@ class Conversation:
         system: str | None = None,
         tools: Tools = None,
         stops: Sequence[str] = (),
+        special_tokens: SpecialTokens = "released",
     ) -> None:
         self.messages: list[dict[str, Any]] = []
         self.stats: dict[str, Any] = {}  # of the last answer
         self._tokenizer, self._tools, self._stops = tokenizer, tools, stops
+        self._special_tokens: SpecialTokens = special_tokens
         self._system = system or None
-        self._prompt({"role": "user", "content": ""})
+        self._prompt(NOTHING)
 
     @property
     def system(self) -> str | None:
@@ -55,8 +59,12 @@ class Conversation:
 
     @system.setter
     def system(self, text: str) -> None:
-        encode(self._tokenizer, text, is_rendered=True)
-        self._system = text
+        before, self._system = self._system, text
+        try:
+            self._prompt(NOTHING)
+        except InputError:
+            self._system = before
+            raise
 
     def ask(self, text: str, decode: Decode) -> Generator[Event, None, None]:
         """The answer's pieces as they come; with the last one the messages hold it and `text`.
@@ -81,7 +89,8 @@ class Conversation:
 
     def _prompt(self, question: dict[str, Any]) -> list[int]:
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
-        text = render([*system, *self.messages, question], self._tools)
+        messages = [*system, *self.messages, question]
+        text = render(messages, self._tools, special_tokens=self._special_tokens)
         return encode(self._tokenizer, text, is_rendered=True)
 
     def _reader(self) -> ChatStream | PlainStream:
@@ -98,7 +107,7 @@ class Story(Conversation):
     def _prompt(self, question: dict[str, Any]) -> list[int]:
         told = (each["content"] for each in (*self.messages, question))
         text = "\n\n".join(filter(None, (self._system, *told)))
-        return encode(self._tokenizer, text)
+        return encode(self._tokenizer, Prompt.of([Piece(text, "the text")], self._special_tokens))
 
     def _reader(self) -> PlainStream:
         return PlainStream()

@@ -3,7 +3,17 @@
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from minstep.toolcalls import CALL, END_CALL, FUNCTION, ToolCall, Tools, call_end, read_call
+from minstep.toolcalls import (
+    CALL,
+    END_CALL,
+    FUNCTION,
+    CallText,
+    Signatures,
+    ToolCall,
+    Tools,
+    behind_space,
+    read_call,
+)
 
 THINK, END_THINK = "<think>", "</think>"
 
@@ -80,27 +90,33 @@ class ChatStream:
     """
 
     def __init__(self, tools: Tools = None) -> None:
-        self._tools = tools
-        self._held = ""
-        self._gap: str | None = None  # white space behind a call; None when not behind one
+        self._signatures = Signatures(tools)
+        self._text, self._at = "", 0  # what came last, and how far it has been read
+        self._space: list[str] = []  # white space behind the `<tool_call>` that came last
+        self._call = CallText()  # the call that has begun
+        self._gap: list[str] | None = None  # white space behind a call; None when not behind one
         self._newline_is_layout = False
         self._events: list[Event] = []
         self._read: Callable[[], bool] = self._read_start
 
     def feed(self, text: str) -> list[Event]:
         """Take more text and give out what it makes certain."""
-        self._held += text
+        self._text, self._at = self._text[self._at :] + text, 0
         while self._read():  # each reader takes what it can, and says whether another should go on
             pass
         return self._take()
 
     def finish(self) -> list[Event]:
         """Give out what was held back: the text has ended, so it is no tag and no whole call."""
-        if self._read == self._read_content:
-            self._add_content(self._held)
+        rest, self._text, self._at = self._text[self._at :], "", 0
+        if self._read in (self._read_start, self._read_thinking):
+            self._add("thinking", rest)
         else:
-            self._add("thinking", self._held)
-        self._held = ""
+            if self._read != self._read_content:
+                call = self._call.text if self._read == self._read_call else ""
+                rest = "".join((CALL, *self._space, call, rest))
+            self._add_content(rest)
+            self._read = self._read_content
         return self._take()
 
     def _take(self) -> list[Event]:
@@ -109,72 +125,95 @@ class ChatStream:
 
     def _read_start(self) -> bool:
         """Before anything: take off a `<think>`."""
-        if len(self._held) < len(THINK) and THINK.startswith(self._held):
+        if len(self._text) < len(THINK) and THINK.startswith(self._text):
             return False
-        self._newline_is_layout = self._held.startswith(THINK)
-        self._held = self._held.removeprefix(THINK)
+        self._newline_is_layout = self._text.startswith(THINK)
+        self._at = len(THINK) if self._newline_is_layout else 0
         self._read = self._read_thinking
         return True
 
     def _read_thinking(self) -> bool:
         """Thinking up to `</think>`."""
         self._skip_newline()
-        before, found, after = self._held.partition(END_THINK)
+        before, found, _ = self._text[self._at :].partition(END_THINK)
         if found:
             self._add("thinking", before.removesuffix("\n"))
-            self._held, self._newline_is_layout = after, True
+            self._at += len(before) + len(END_THINK)
+            self._newline_is_layout = True
             self._read = self._read_content
             return True
         certain = min(unfinished(before, END_THINK), unfinished(before, "\n" + END_THINK))
         self._add("thinking", before[:certain])
-        self._held = before[certain:]
+        self._at += certain
         return False
 
     def _read_content(self) -> bool:
-        """Content up to a `<tool_call>`, and the call with it."""
+        """Content up to a `<tool_call>`."""
         self._skip_newline()
-        before, found, after = self._held.partition(CALL)
-        certain = len(before) if found else unfinished(before, CALL)
-        self._add_content(before[:certain])
-        self._held = self._held[certain:]
-        if not found:
+        end = self._text.find(CALL, self._at)
+        if end < 0:
+            rest = self._text[self._at :]
+            certain = unfinished(rest, CALL)
+            self._add_content(rest[:certain])
+            self._at += certain
             return False
-        ahead = after.lstrip()
-        if not ahead.startswith(FUNCTION):
-            if FUNCTION.startswith(ahead):
-                return False
-            self._add_content(CALL)
-            self._held = after
+        self._add_content(self._text[self._at : end])
+        self._at = end + len(CALL)
+        self._space = []
+        self._read = self._read_opening
+        return True
+
+    def _read_opening(self) -> bool:
+        """Behind a `<tool_call>`: with a `<function=` a call begins, else it was content."""
+        begin = behind_space(self._text, self._at)
+        ahead = self._text[begin : begin + len(FUNCTION)]
+        if ahead == FUNCTION:
+            self._call = CallText()
+            self._read = self._read_call
             return True
-        end = call_end(after)
+        if FUNCTION.startswith(ahead):
+            self._space.append(self._text[self._at : begin])
+            self._at = begin
+            return False
+        if self._space:
+            self._text, self._at = "".join(self._space) + self._text[self._at :], 0
+        self._add_content(CALL)
+        self._read = self._read_content
+        return True
+
+    def _read_call(self) -> bool:
+        """A call up to its end."""
+        end = self._call.add(self._text, self._at)
+        self._at = end if end >= 0 else len(self._text)
         if end < 0:
             return False
-        self._held = after[end + len(END_CALL) :]
-        self._add_call(after[:end])
+        self._add_call("".join((CALL, *self._space, self._call.text)))
+        self._read = self._read_content
         return True
 
     def _skip_newline(self) -> None:
         """Take off the one newline that belongs to the tag before it, once it is there to see."""
-        if self._newline_is_layout and self._held:
-            self._held, self._newline_is_layout = self._held.removeprefix("\n"), False
+        if self._newline_is_layout and self._at < len(self._text):
+            self._at += self._text.startswith("\n", self._at)
+            self._newline_is_layout = False
 
     def _add_content(self, text: str) -> None:
         """Give out content, but white space behind a call only together with what follows it."""
         if self._gap is not None:
-            self._gap += text
-            if not self._gap.strip():
+            self._gap.append(text)
+            if not text.strip():
                 return
-            text, self._gap = self._gap, None
+            text, self._gap = "".join(self._gap), None
         self._add("content", text)
 
     def _add_call(self, text: str) -> None:
-        """Give out the call in `text`, or where it is none the text and its tags as content."""
-        call = read_call(text, self._tools)
+        """Give out the call that `text` is with its tags, or where it is none the text."""
+        call = read_call(text[len(CALL) : -len(END_CALL)], self._signatures)
         if call is None:
-            self._add_content(f"{CALL}{text}{END_CALL}")
+            self._add_content(text)
         else:
             self._add("tool_call", call)
-            self._gap = ""
+            self._gap = []
 
     def _add(self, kind: Literal["thinking", "content", "tool_call"], payload: Any) -> None:
         if payload:

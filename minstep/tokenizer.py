@@ -1,13 +1,17 @@
 """Text to token ids and back, by the `tokenizers` package and the checkpoint's tokenizer.json."""
 
 from codecs import getincrementaldecoder
+from collections import deque
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 
-from minstep.reply import END_THINK, THINK, unfinished
+from minstep.chat import IMAGE, TEMPLATE_TAGS, Prompt, refuse_foreign
+from minstep.files import InputError
+from minstep.reply import END_THINK, THINK
 from minstep.tokenizer_file import contained, read_tokenizer
 from minstep.toolcalls import CALL, END_CALL
 
@@ -58,11 +62,71 @@ def byte_level_tokenizer() -> Tokenizer:
 def encode(tokenizer: Tokenizer, text: str, is_rendered: bool = False) -> list[int]:
     """The token ids of `text`; a rendered conversation brings its own bos.
 
-    Raises InputError for what the tokenizer cannot take.
+    Special tokens that a text spells are tokens, but for those in a Prompt's messages that is to
+    have them "plain". Such a one is cut behind its first character, and each part is encoded by
+    itself: as no part has it, it is ordinary text. Where no message spells one, nothing is cut, and
+    the ids are the released ones.
+    Raises InputError for what the tokenizer cannot take, and for what a Prompt is to refuse.
+    Checked by: tests/test_tokenizer.py, tests/test_special_tokens.py
     """
     with contained(f"the prompt {text[:80]!r} cannot be encoded"):
         text.encode()  # else the package says of a lone surrogate something of a type
-        return list(tokenizer.encode(text, add_special_tokens=not is_rendered).ids)
+        if not isinstance(text, Prompt) or text.special_tokens == "released":
+            return list(tokenizer.encode(text, add_special_tokens=not is_rendered).ids)
+        special = special_tokens(tokenizer)
+        if text.special_tokens == "refuse":
+            refuse_foreign(text, special)
+        cuts = {begin + 1 for begin, _, _ in text.foreign(special)}
+        parts = [text[a:b] for a, b in pairwise([0, *sorted(cuts), len(text)])]
+        ids = list(tokenizer.encode(parts[0], add_special_tokens=not is_rendered).ids)
+        for part in parts[1:]:
+            ids += tokenizer.encode(part, add_special_tokens=False).ids
+        own = tokenizer.encode(text.template, add_special_tokens=not is_rendered).ids
+        numbers = {*special.values()}
+        if [n for n in ids if n in numbers] != [n for n in own if n in numbers]:
+            reason = "this tokenizer finds special tokens in it that nobody spelled"
+            raise InputError(f"the prompt {text[:80]!r} cannot be encoded as plain text: {reason}")
+        return ids
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """The tokens that mean something to the model, with their ids: the special ones, and tags.
+
+    What stands for an image is none of them: it begins no turn, and messages may have images.
+    """
+    return {
+        token.content: number
+        for number, token in tokenizer.get_added_tokens_decoder().items()
+        if (token.special or token.content in TEMPLATE_TAGS) and token.content not in ("", IMAGE)
+    }
+
+
+class _Stop:
+    """A stop text, and how much of its beginning the text so far ends with.
+
+    Source: Knuth, Morris, Pratt 1977: each character is looked at about once, whatever they are.
+    """
+
+    def __init__(self, text: str) -> None:
+        if not isinstance(text, str) or not text:
+            raise InputError(f"the stop text {text!r:.80}, expected a text that is not empty")
+        self.text, self.begun = text, 0
+        self._shorter = [0, 0]  # for each beginning the longest shorter one that it ends with
+        for letter in text[1:]:
+            self._shorter.append(self._behind(letter, self._shorter[-1]))
+
+    def _behind(self, letter: str, begun: int) -> int:
+        while begun and self.text[begun] != letter:
+            begun = self._shorter[begun]
+        return begun + (self.text[begun] == letter)
+
+    def feed(self, text: str) -> int:
+        """How many characters of `text` complete the stop; 0 where it stays incomplete."""
+        for n, letter in enumerate(text, start=1):
+            self.begun = self._behind(letter, self.begun)
+            if self.begun == len(self.text):
+                return n
+        return 0
 
 
 class StreamingText:
@@ -80,7 +144,9 @@ class StreamingText:
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self.stopped = False  # whether one of the stops has come
-        self._tokenizer, self._stops, self._held = tokenizer, stops, ""
+        self._tokenizer = tokenizer
+        self._stops = [_Stop(text) for text in stops]
+        self._held: deque[str] = deque()  # the characters that are held back
         added = tokenizer.get_added_tokens_decoder().items()
         self._added = {i for i, _ in added}  # these stand as text, not in the byte-level alphabet
         self._hidden = {i for i, token in added if token.special and token.content not in TAGS}
@@ -92,20 +158,24 @@ class StreamingText:
         """The text that `token` makes certain."""
         if token in self._hidden or self.stopped:
             return ""
-        self._held += self._decode(token)
-        found = [(n + len(stop), n) for stop in self._stops if (n := self._held.find(stop)) >= 0]
+        text, known = self._decode(token), len(self._held)
+        self._held += text
+        found = [(n, n - len(stop.text)) for stop in self._stops if (n := stop.feed(text))]
         if found:
-            self.stopped, self._held = True, self._held[: min(found)[1]]
-            return self.finish()
-        begins = (unfinished(self._held, stop) for stop in self._stops)
-        certain = min(begins, default=len(self._held))
-        text, self._held = self._held[:certain], self._held[certain:]
-        return text
+            self.stopped = True
+            text = self._take(known + min(found)[1])
+            self._held.clear()
+            return text
+        begun = max((stop.begun for stop in self._stops), default=0)
+        return self._take(len(self._held) - begun)
+
+    def _take(self, count: int) -> str:
+        """The first characters of those that are held back, which now are certain."""
+        return "".join(self._held.popleft() for _ in range(count))
 
     def finish(self) -> str:
         """The text that was held back: the tokens have ended."""
-        text, self._held = self._held, ""
-        return text
+        return self._take(len(self._held))
 
     def _decode(self, token: int) -> str:
         """The characters that `token` completes."""

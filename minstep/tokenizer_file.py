@@ -15,8 +15,8 @@ LARGEST = 40 << 20  # bytes of a file; the released one has about 8 MB
 MOST_CONTAINERS = 2_000_000  # lists and objects in it: each merge may be one
 MOST_ADDED = 30_000  # the oldest allowed package takes their square in time
 MOST_COMPONENTS = 50  # of one part
-MOST_GROWTH = 1000  # how many times longer a text may become
-LONGEST_TOKEN = 1000  # characters
+MOST_GROWTH = 200  # how many times longer a text may become
+LONGEST_TOKEN, LONGEST_PIECE = 1000, 128  # characters; a Unigram tries all lengths at each place
 LONGEST_TEXT = 100  # characters that stand for others
 LONGEST_TEMPLATE = 100  # special tokens around a text
 
@@ -87,7 +87,9 @@ def _check(raw: dict[str, Any]) -> None:
             if growth[key] > MOST_GROWTH:
                 raise InputError(f"the {part} makes a text more than {MOST_GROWTH} times longer")
     model = raw.get("model")
-    if not isinstance(model, dict) or model.get("type", "BPE") not in KINDS["model"].split():
+    if not isinstance(model, dict):
+        raise ValueError("it has no model")
+    if model.get("type", "BPE") not in KINDS["model"].split():
         raise InputError(f"model: expected one of the types {KINDS['model']}")
     if model.get("dropout"):
         raise InputError("model: dropout encodes a text otherwise each time, expected none")
@@ -99,9 +101,10 @@ def _check(raw: dict[str, Any]) -> None:
     if len(added) > MOST_ADDED:
         raise InputError(f"added_tokens: {len(added)}, expected at most {MOST_ADDED}")
     tokens = vocabulary if isinstance(vocabulary, dict) else [token for token, _ in vocabulary]
+    most = LONGEST_TOKEN if isinstance(vocabulary, dict) else LONGEST_PIECE
     longest = max(map(len, (*tokens, *(token["content"] for token in added))), default=0)
-    if longest > LONGEST_TOKEN:
-        raise InputError(f"a token of {longest} characters, expected at most {LONGEST_TOKEN}")
+    if longest > most:
+        raise InputError(f"a token of {longest} characters, expected at most {most}")
 
 
 def _components(component: Any, part: str) -> list[dict[str, Any]]:

@@ -1,10 +1,13 @@
 """Step's tool calls: written into a prompt, and read back with the types of the tool's schema."""
 
 import json
+import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
-from minstep.files import InputError
+from minstep.files import InputError, shown
 
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 FUNCTION, END_FUNCTION = "<function=", "</function>"
@@ -19,10 +22,22 @@ PYTHON_TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
     "array": (list,),
 }
-MOST_REFERENCES = 20
 PYTHON_WORDS = {"True": True, "False": False, "None": None}
+TAGS = (CALL, END_CALL, FUNCTION, END_FUNCTION, END_PARAMETER)
+TAG = re.compile("|".join(TAGS))
+SPACE = re.compile(r"\s*")
+VALUE_ENDS = re.compile(
+    rf"\s*(?:{PARAMETER}|\Z)"
+)  # what stands behind a `</parameter>` that counts
 
 Tools = Sequence[Mapping[str, Any]] | None
+
+
+class Piece(NamedTuple):
+    """A piece of a prompt: the template's own, or with the place in the messages it is from."""
+
+    text: str
+    place: str = ""
 
 
 class ToolCall(NamedTuple):
@@ -43,16 +58,24 @@ def objects(value: Any, place: str) -> Sequence[Mapping[str, Any]]:
     return value
 
 
+def short(value: Any) -> str:
+    """A value of any type as a message shows it: deep and wide ones only in part."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"of type {type(value).__name__}"
+
+
 def json_line(value: Any, place: str) -> str:
     """`value` as JSON on one line, non-ASCII kept. Raises InputError where JSON cannot hold it."""
     try:
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{place} cannot be written as JSON: {error}") from error
 
 
-def write_call(call: Mapping[str, Any], place: str) -> str:
-    """The prompt text of an entry of `tool_calls`, found at `place`.
+def write_call(call: Mapping[str, Any], place: str) -> list[Piece]:
+    """The prompt text of an entry of `tool_calls`, found at `place`, as pieces.
 
     `arguments` is an object or the JSON text of one; without it there are no parameters. Strings
     stand as they are, objects and lists as JSON, other values as Python prints them: True, None.
@@ -63,19 +86,29 @@ def write_call(call: Mapping[str, Any], place: str) -> str:
     """
     function = call.get("function", call)
     if not isinstance(function, Mapping):
-        raise InputError(f"{place}.function is {function!r:.80}, expected an object")
+        raise InputError(f"{place}.function is {short(function)}, expected an object")
     name = function.get("name")
     if not isinstance(name, str):
-        raise InputError(f"{place} has the name {name!r:.80}, expected a string")
-    text = f"{CALL}\n{FUNCTION}{name}>\n"
+        raise InputError(f"{place} has the name {short(name)}, expected a string")
+    pieces = [Piece(f"{CALL}\n{FUNCTION}"), Piece(name, f"{place} name"), Piece(">\n")]
     place += " arguments"
     for key, value in _arguments(function.get("arguments", {}), place).items():
         if not isinstance(key, str):
-            raise InputError(f"{place} has the key {key!r:.80}, expected a string")
-        nested = isinstance(value, (Mapping, list, tuple))
-        written = json_line(value, f"{place}.{key}") if nested else str(value)
-        text += f"{PARAMETER}{key}>\n{written}\n{END_PARAMETER}\n"
-    return f"{text}{END_FUNCTION}\n{END_CALL}"
+            raise InputError(f"{place} has the key {short(key)}, expected a string")
+        inner = f"{place}.{shown(key)}"
+        pieces += [Piece(PARAMETER), Piece(key, inner), Piece(">\n")]
+        pieces += [Piece(_written(value, inner), inner), Piece(f"\n{END_PARAMETER}\n")]
+    return [*pieces, Piece(f"{END_FUNCTION}\n{END_CALL}")]
+
+
+def _written(value: Any, place: str) -> str:
+    """An argument as the template writes it."""
+    if isinstance(value, (Mapping, list, tuple)):
+        return json_line(value, place)
+    try:
+        return str(value)
+    except ValueError as error:  # an integer of thousands of digits
+        raise InputError(f"{place} cannot be written: {error}") from error
 
 
 def _arguments(value: Any, place: str) -> Mapping[str, Any]:
@@ -91,26 +124,54 @@ def _arguments(value: Any, place: str) -> Mapping[str, Any]:
     return value or {}
 
 
-def call_end(text: str) -> int:
-    """Where the `</tool_call>` stands that ends the call `text` begins with; -1 if missing.
+class CallText:
+    """The text of a call that has begun, as it comes, up to the `</tool_call>` that ends it.
 
-    It is the first one behind a `</function>` that closes no call quoted in a value. So a value may
-    speak of either tag and quote whole calls, which then are neither run nor an end.
+    That is the first one behind a `</function>` that closes no call quoted in a value. So a value
+    may speak of either tag and quote whole calls, which then are neither run nor an end.
+    However the text is cut, each character is looked at once, but for a tag that is not yet whole.
     """
-    end = text.find(END_CALL)
-    while end >= 0 and not (text[:end].rstrip().endswith(END_FUNCTION) and _balanced(text[:end])):
-        end = text.find(END_CALL, end + 1)
-    return end
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+        self._quoted = 0  # calls that have begun inside this one
+        self._last = ""  # the tag before, if nothing but white space stands behind it
+        self._rest = ""  # the beginning of a tag at the end of what came
+
+    def add(self, text: str, at: int = 0) -> int:
+        """Take `text` from `at` on: where in it the call has ended, or -1."""
+        known, shift = len(self._rest), 0
+        if known:
+            text, at, shift = self._rest + text[at:], 0, at - known
+        begin = at + known
+        for found in TAG.finditer(text, at):
+            tag, last = found[0], self._last
+            if text[at : found.start()].strip():
+                last = ""
+            at, self._last = found.end(), tag
+            if tag == FUNCTION and last == CALL:
+                self._quoted += 1
+            elif tag == END_CALL and last == END_FUNCTION:
+                if not self._quoted:
+                    self._pieces.append(text[begin:at])
+                    return at + shift
+                self._quoted -= 1
+        self._pieces.append(text[begin:])
+        rest = max(at, text.rfind("<", at))
+        if not any(tag.startswith(text[rest:]) for tag in TAGS):
+            rest = len(text)
+        if text[at:rest].strip():
+            self._last = ""
+        self._rest = text[rest:]
+        return -1
+
+    @property
+    def text(self) -> str:
+        """All that came, with its end once it has one."""
+        return "".join(self._pieces)
 
 
-def _balanced(text: str) -> bool:
-    """Whether as many calls end in `text` as begin in it."""
-    begun = sum(piece.lstrip().startswith(FUNCTION) for piece in text.split(CALL)[1:])
-    ended = sum(piece.rstrip().endswith(END_FUNCTION) for piece in text.split(END_CALL)[:-1])
-    return begun == ended
-
-
-def read_call(text: str, tools: Tools = None) -> ToolCall | None:
+def read_call(text: str, signatures: "Signatures") -> ToolCall | None:
     """The call in `text`, which stood between `<tool_call>` and `</tool_call>`.
 
     None where it is not well formed: a tag or a name is missing, a parameter comes twice, or other
@@ -118,24 +179,27 @@ def read_call(text: str, tools: Tools = None) -> ToolCall | None:
     layout, the rest of it is the value's own. A value may hold `</parameter>` unless `<parameter=`
     or the end of the function follows, and anything inside a quoted call.
     Source: the released chat template, read backwards.
-    Checked by: tests/test_chat.py
+    Checked by: tests/test_chat.py, tests/test_reply.py
     """
     text = text.strip()
-    name, closed, rest = text.removeprefix(FUNCTION).removesuffix(END_FUNCTION).partition(">")
-    whole = text.startswith(FUNCTION) and text.endswith(END_FUNCTION) and closed
-    if not whole or not _is_name(name):
+    if not text.startswith(FUNCTION) or not text.endswith(END_FUNCTION):
         return None
-    parameters = _parameters(name, tools)
-    schemas = _mapping(parameters.get("properties"))
+    text = text[len(FUNCTION) : -len(END_FUNCTION)]
+    name, closed, _ = text.partition(">")
+    if not closed or not _is_name(name):
+        return None
+    types = signatures.types(name)
     arguments: dict[str, Any] = {}
-    while rest := rest.strip():
-        key, _, value = rest.removeprefix(PARAMETER).partition(">")
-        end = _value_end(value)
-        if not rest.startswith(PARAMETER) or end < 0 or not _is_name(key) or key in arguments:
+    at = behind_space(text, len(name) + 1)
+    while at < len(text):
+        begin = text.find(">", at) + 1
+        key = text[at:begin].removeprefix(PARAMETER)[:-1]
+        end = _value_end(text, begin) if begin else -1
+        if not text.startswith(PARAMETER, at) or end < 0 or not _is_name(key) or key in arguments:
             return None
-        raw = value[:end].removeprefix("\n").removesuffix("\n")
-        arguments[key] = typed(raw, schemas.get(key), parameters)
-        rest = value[end + len(END_PARAMETER) :]
+        raw = text[begin:end].removeprefix("\n").removesuffix("\n")
+        arguments[key] = _value(raw, types.get(key, set()))
+        at = behind_space(text, end + len(END_PARAMETER))
     return ToolCall(name, arguments)
 
 
@@ -144,24 +208,49 @@ def _is_name(text: str) -> bool:
     return bool(text) and "\n" not in text and "<" not in text
 
 
-def _value_end(text: str) -> int:
-    """Where the `</parameter>` stands that ends the value `text` begins with; -1 if missing."""
-    end = text.find(END_PARAMETER)
-    while end >= 0:
-        after = text[end + len(END_PARAMETER) :].lstrip()
-        if (not after or after.startswith(PARAMETER)) and _balanced(text[:end]):
-            break
-        end = text.find(END_PARAMETER, end + 1)
-    return end
+def behind_space(text: str, at: int) -> int:
+    """Where the white space ends that begins at `at`."""
+    found = SPACE.match(text, at)
+    return found.end() if found else at
 
 
-def _parameters(name: str, tools: Tools) -> Mapping[str, Any]:
-    """The schema of all parameters of the tool `name`; an empty one where it is not known."""
-    for tool in tools or ():
-        function = _mapping(_mapping(tool).get("function", tool))
-        if function.get("name") == name:
-            return _mapping(function.get("parameters"))
-    return {}
+def _value_end(text: str, at: int) -> int:
+    """Where the `</parameter>` stands that ends the value that begins at `at`; -1 if missing."""
+    open_calls, last = 0, ""  # the tag before, if nothing but white space stands behind it
+    for found in TAG.finditer(text, at):
+        tag = found[0]
+        if text[at : found.start()].strip():
+            last = ""
+        if tag == END_PARAMETER and not open_calls and VALUE_ENDS.match(text, found.end()):
+            return found.start()
+        open_calls += (tag == FUNCTION and last == CALL) - (
+            tag == END_CALL and last == END_FUNCTION
+        )
+        at, last = found.end(), tag
+    return -1
+
+
+class Signatures:
+    """The types that the tools' parameters allow, by tool and parameter.
+
+    They are found when a tool is first called, all at once: in a time linear in its schemas, even
+    where those refer to each other in circles.
+    """
+
+    def __init__(self, tools: Tools = None) -> None:
+        self._parameters: dict[str, Mapping[str, Any]] = {}  # the schema of all of a tool's
+        self._types: dict[str, dict[str, set[str]]] = {}
+        for tool in tools if isinstance(tools, (list, tuple)) else ():
+            function = _mapping(_mapping(tool).get("function", tool))
+            if isinstance(name := function.get("name"), str):  # of two tools the first counts
+                self._parameters.setdefault(name, _mapping(function.get("parameters")))
+
+    def types(self, name: str) -> dict[str, set[str]]:
+        """For each parameter of the tool `name` the types that it allows; none of another tool."""
+        if name not in self._types:
+            parameters = self._parameters.get(name, {})
+            self._types[name] = _types(_mapping(parameters.get("properties")), parameters)
+        return self._types[name]
 
 
 def typed(text: str, schema: Any, root: Any = None) -> Any:
@@ -174,42 +263,81 @@ def typed(text: str, schema: Any, root: Any = None) -> Any:
     Differs: True, False and None count as true, false and null, since prompts spell them so.
     Checked by: tests/test_chat.py
     """
-    types = _types(schema, root)
+    return _value(text, _types({"": schema}, root)[""])
+
+
+def _value(text: str, types: set[str]) -> Any:
+    """The value that `text` stands for as one of `types`."""
     try:
         word = text.strip()
         value = PYTHON_WORDS[word] if word in PYTHON_WORDS else json.loads(word)
-        json.dumps(value, allow_nan=False)  # refuses NaN and the infinities: no JSON, but Python's
+        # Refuses NaN and the infinities, which are no JSON but Python's, and half a character.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         return text
     if isinstance(value, float) and value.is_integer() and "number" not in types:
         value = int(value)  # JSON Schema counts 5.0 as an integer
-    fits = any(type(value) in PYTHON_TYPES.get(kind, ()) for kind in types)
+    fits = any(type(value) in PYTHON_TYPES[kind] for kind in types)
     return value if fits else text
 
 
-def _types(schema: Any, root: Any, depth: int = 0) -> set[str]:
-    """The names of the types that `schema` allows at its top."""
-    schema = _mapping(schema)
-    if depth > MOST_REFERENCES:  # a reference may lead back to itself
-        return set()
+def _types(schemas: Mapping[str, Any], root: Any) -> dict[str, set[str]]:
+    """For each of `schemas` the names of the types, string apart, that it allows at its top.
+
+    Every schema that is reached is looked at once. Its types then go to those that refer to it, and
+    on from there as long as they are new.
+    """
+    reached: dict[int, Mapping[str, Any]] = {}  # by identity: they may be large, and go in circles
+    users: dict[int, list[int]] = {}
+    ahead = [schema for schema in schemas.values() if isinstance(schema, Mapping)]
+    while ahead:
+        schema = ahead.pop()
+        if id(schema) in reached:
+            continue
+        reached[id(schema)] = schema
+        inner = [each for each in _alternatives(schema, root) if isinstance(each, Mapping)]
+        for each in inner:
+            users.setdefault(id(each), []).append(id(schema))
+        ahead += inner
+    types = {number: _own_types(schema) for number, schema in reached.items()}
+    grown = [*reached]
+    while grown:
+        number = grown.pop()
+        for user in users.get(number, ()):
+            if not types[number] <= types[user]:
+                types[user] |= types[number]
+                grown.append(user)
+    return {key: types.get(id(schema), set()) for key, schema in schemas.items()}
+
+
+def _own_types(schema: Mapping[str, Any]) -> set[str]:
+    """The types that a schema names itself."""
     kinds = schema.get("type")
     kinds = kinds if isinstance(kinds, list) else [kinds]
-    names = {kind for kind in kinds if isinstance(kind, str)}
+    names = {kind for kind in kinds if isinstance(kind, str) and kind in PYTHON_TYPES}
     values = schema.get("enum", [schema["const"]] if "const" in schema else [])
-    for value in values if isinstance(values, list) else ():
-        names.update(kind for kind, types in PYTHON_TYPES.items() if type(value) in types)
+    found = {type(value) for value in values} if isinstance(values, list) else set()
+    return names | {kind for kind, types in PYTHON_TYPES.items() if found.intersection(types)}
+
+
+def _alternatives(schema: Mapping[str, Any], root: Any) -> list[Any]:
+    """The schemas that a schema is made of, and the one that it refers to."""
     choices = [schema.get(key) for key in ("anyOf", "oneOf", "allOf")]
     inner = [choice for listed in choices if isinstance(listed, list) for choice in listed]
-    return names.union(*(_types(s, root, depth + 1) for s in [*inner, _referred(schema, root)]))
+    return [*inner, _referred(schema, root)]
 
 
 def _referred(schema: Mapping[str, Any], root: Any) -> Any:
     """What the `$ref` of a schema, such as `#/$defs/Place`, stands for in `root`; else nothing."""
     path = schema.get("$ref")
-    if not isinstance(path, str) or not path.startswith("#/"):
+    if not isinstance(path, str) or path[:2] not in ("#", "#/"):
         return None
-    for key in path[2:].split("/"):
-        root = _mapping(root).get(key.replace("~1", "/").replace("~0", "~"))
+    for key in unquote(path).split("/")[1:]:
+        if isinstance(root, list):
+            is_index = re.fullmatch("[0-9]{1,9}", key) and int(key) < len(root)
+            root = root[int(key)] if is_index else None
+        else:
+            root = _mapping(root).get(key.replace("~1", "/").replace("~0", "~"))
     return root
 
 

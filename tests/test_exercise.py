@@ -156,7 +156,7 @@ MISTAKES = [
     Mistake(14, "lab.inspect", "* moe.top_k", ""),
     Mistake(15, "sampling", "before < how.top_p", "before <= how.top_p - kept"),
     Mistake(15, "sampling", "edges / edges[-1], rng.random()", "edges / edges[-1], 0.5"),
-    Mistake(15, "tokenizer", "certain = min(begins, default=len(self._held))", "certain = len(self._held)"),
+    Mistake(15, "tokenizer", "begun = max((stop.begun for stop in self._stops), default=0)", "begun = 0"),
     Mistake(15, "chat", "not disguised", "True"),
 ]  # fmt: skip
 

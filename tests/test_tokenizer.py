@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from minstep.files import InputError
 from minstep.tokenizer import (
     BACK,
     BROKEN,
@@ -206,3 +207,29 @@ def test_what_might_have_become_a_stop_is_given_out_at_the_end_once() -> None:
     stream = StreamingText(BYTES, ["END"])
     assert [stream.add(token) for token in encode(BYTES, "EEN")] == ["", "E", ""]
     assert (stream.finish(), stream.finish(), stream.stopped) == ("EN", "", False)
+
+
+# Stops that the text begins again and again.
+LONG = {
+    "a stop as long as the text": ("ab" * 20_000 + "END", "ab" * 20_000),
+    "a stop of one letter": ("a" * 20_000 + "b", "a" * 40_000),
+    "a stop that ends otherwise": ("a" * 500 + "b", "a" * 40_000),
+    "a stop that begins otherwise": ("b" + "a" * 500, ("b" + "a" * 499) * 80),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_stops_take_no_longer_than_short_ones(name: str) -> None:
+    stop, text = LONG[name]
+    begin = time.perf_counter()
+    stops = [stop, stop[:-1] + "x", "never" * len(stop)]
+    stream, ids = StreamingText(BYTES, stops), [ID_OF[b] for b in text.encode()]
+    given = [stream.add(token) for token in ids]
+    assert "".join([*given, stream.finish()]) == text and not stream.stopped
+    assert time.perf_counter() - begin < 10  # a second at most; the square would take minutes
+
+
+@pytest.mark.parametrize("stops", [[""], ["a", ""], [5], [None], [b"a"]])
+def test_a_stop_that_is_no_text_is_refused(stops: list[str]) -> None:
+    with pytest.raises(InputError, match="the stop text .*, expected a text that is not empty"):
+        StreamingText(BYTES, stops)

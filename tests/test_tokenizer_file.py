@@ -203,6 +203,11 @@ HOSTILE: dict[str, Callable[[], Any]] = {
         normalizer=replace({"String": "<A>"}, ""),
     ),
     "a long token": lambda: model(vocab={"x" * 10**6: 0}, merges=[]),
+    "a long piece": lambda: model(type="Unigram", unk_id=0, vocab=[["x" * 200, -1.0]]),
+    "no model": lambda: step(model=None),
+    "two that put tokens around a text": lambda: step(
+        post_processor={"type": "Sequence", "processors": [template([X, A])] * 2}
+    ),
     "dropout": lambda: model(dropout=0.5),
     "a prefix that merges lack": lambda: model(continuing_subword_prefix="###"),
     "a merge of nothing known": lambda: model(merges=[["a", "nope"]]),

@@ -194,7 +194,7 @@ UNSEEN = {
         Footgun("layer numbers compared with characters", "config", "moe if n in moe_layers", 'moe if n in list(keys.raw["moe_layers_enum"])'),
     ),
     "tool calls": (
-        Footgun("rest of a piece of text dropped behind a call", "reply", "self._held = after[end + len(END_CALL) :]", 'self._held = ""'),
+        Footgun("rest of a piece of text dropped behind a call", "reply", "self._at = end if end >= 0 else len(self._text)", "self._at = len(self._text)"),
     ),
     "decoding": (
         Footgun("drafts kept unchecked", "sampling", "if rng.random() >= chance:", "if False:"),
