@@ -47,17 +47,21 @@ A trained model stands in find_config("trained"): open_checkpoint opens it, gene
 text. `minstep --help` lists the commands, each with an example in its own --help.
 """
 
+from __future__ import annotations
+
 import os
 import sys
-from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = False  # typing itself takes a while to load, in which Ctrl-C would be a traceback
 
 # Before NumPy is loaded, or without effect: parallel.py has threads of its own, and two kinds of
 # them wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from minstep.checkpoint import open_checkpoint
     from minstep.config import load_config
     from minstep.configs import find_config
@@ -105,6 +109,8 @@ class _Package(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
         value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
         setattr(self, name, value)
         return value

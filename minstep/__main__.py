@@ -1,14 +1,12 @@
 """The process of the command line, as `minstep` and as `python -m minstep`.
 
 It is ready for Ctrl-C before anything large is imported. What comes before is Python's own start,
-%START% ms, in which Python itself answers Ctrl-C.
+30 ms of work, in which Python itself answers Ctrl-C.
 """
 
 import os
 import signal
 import sys
-from contextlib import suppress
-from typing import Any
 
 ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -18,7 +16,7 @@ def main() -> int:
     for each in ENDS:
         if signal.getsignal(each) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(each, _leave)  # an import may lose or rename a KeyboardInterrupt
-    code: Any = 130
+    code: object = 130
     try:
         from minstep.cli import main as run
 
@@ -34,12 +32,11 @@ def main() -> int:
         except OSError:  # lead it to nowhere: Python's own flush would fail too
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     for each in ENDS:  # all is done, and Python's own end would print what a signal breaks off
-        with suppress(OSError):
-            signal.signal(each, signal.SIG_IGN)
-    return int(code or 0)
+        signal.signal(each, signal.SIG_IGN)
+    return code if isinstance(code, int) else 0
 
 
-def _leave(number: int, _: Any) -> None:
+def _leave(number: int, _: object) -> None:
     """Leave at once: nothing has been written yet, or everything has been."""
     os._exit(128 + number)
 

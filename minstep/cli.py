@@ -75,6 +75,10 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"{value}: no such command{meant}")
         super()._check_value(action, value)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help, version or a refusal; argparse alone would hide that a disk is full."""
+        (file or sys.stderr).write(message or "")
+
     def error(self, message: str) -> NoReturn:
         """Refuse wrong use in one line; argparse alone would print the whole usage."""
         text = shown(" ".join(message.split()), LONGEST_MESSAGE)

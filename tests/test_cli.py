@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import json
 import os
 import re
@@ -18,10 +19,12 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+import minstep.bench.commands
 import minstep.commands
 import minstep.lab.commands
 import minstep.save
 from minstep import find_config, load_config
+from minstep.bench.timing import Found
 from minstep.chat import render
 from minstep.cli import GROUPS, _parser
 from minstep.terminal import DIM, PLAIN
@@ -639,6 +642,183 @@ def test_what_no_disk_can_hold_is_refused_before_the_work(tmp_path: Path, refuse
     out = tmp_path / "out"
     refused("make-tiny", tmp_path, "--out", out, naming=(str(out), "bytes", "free"))
     assert names(tmp_path) == ["config.json"]
+
+
+FILE_OUT = {  # commands that write a file, each with inputs that are files of its own
+    "trace": "--model MODEL/ --tokens 4 --out OUT",
+    "record": "--model MODEL/ --tokens 4 --layers 1 --input RECORDING --out OUT",
+    "view": "RECORDING --model MODEL/ --out OUT",
+    "cost": "--config MODEL/config.json --hardware h200 --out OUT",
+    "lab mtp": "--model MODEL/ --text TEXT --tokens 64 --prompts 1 --prompt-tokens 8 "
+    "--max-tokens 2 --out OUT",
+    "lab router": "--model MODEL/ --text TEXT --tokens 64 --out OUT",
+}
+FOLDER_OUT = {
+    "make-tiny": "MODEL/ --out OUT",
+    "train": "--config MODEL/config.json --text TEXT --length 8 --sequences 1 --steps 1 --out OUT",
+    "bench": "--only tiny --out OUT",
+    "exercise": "1 --out OUT",
+}
+NO_OUT = "lab bits"  # refuses --out
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model, a recording and a text."""
+    monkeypatch.setitem(minstep.bench.commands.CASES, "tiny", lambda _: Found([], []))
+    assert run("make-tiny", "tiny", "--out", tmp_path / "model").code == 0
+    model = ("--model", tmp_path / "model", "--tokens", 4, "--out", tmp_path / "recording")
+    assert run("trace", *model).code == 0
+    words = "".join(f"Line {n} tells of {n * n}.\n\n" for n in range(300))
+    (tmp_path / "text.svg").write_text(words)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def filled(arguments: str, inputs: Path, out: Path | str) -> list[str]:
+    """The arguments with paths in place of words."""
+    places = {"MODEL/": f"{inputs / 'model'}/", "RECORDING": str(inputs / "recording")}
+    places |= {"TEXT": str(inputs / "text.svg"), "OUT": str(out)}
+    for word, place in places.items():
+        arguments = arguments.replace(word, place)
+    return shlex.split(arguments)
+
+
+def test_every_command_with_an_output_is_tried() -> None:
+    writing = set()
+    for command in commands():
+        parser = _parser()
+        for word in command:
+            parser = inner(parser)[word]
+        if any(action.dest == "out" for action in parser._actions):
+            writing.add(" ".join(command))
+    assert writing == {*FILE_OUT, *FOLDER_OUT, NO_OUT}
+
+
+@pytest.mark.parametrize("command", sorted(FILE_OUT))
+def test_no_output_replaces_an_input_under_any_name(
+    command: str, inputs: Path, refused: Refused
+) -> None:
+    if command.startswith("lab"):  # .svg names a file
+        own = [inputs / "text.svg"]
+    else:
+        own = [inputs / "model" / "config.json", inputs / "model" / "model.safetensors"]
+        own += [inputs / "recording"] * ("RECORDING" in FILE_OUT[command])
+        own = own[:1] if command == "cost" else own
+    before = {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()}
+    for n, file in enumerate(own):
+        link, hard, far = (inputs / f"{kind}{n}.svg" for kind in ("link", "hard", "far"))
+        link.symlink_to(file)
+        far.symlink_to(link)
+        hard.hardlink_to(file)
+        relative = os.path.relpath(file)
+        roundabout = f"./model/../{relative}"
+        swapped = file.with_name(file.name.upper())
+        for out in (file, link, far, hard, relative, roundabout, *[swapped] * swapped.exists()):
+            refused(*command.split(), *filled(FILE_OUT[command], inputs, out), naming=("--out",))
+        for each in (link, far, hard):
+            each.unlink()
+    after = {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_a_chart_in_a_folder_replaces_no_text_there(inputs: Path, refused: Refused) -> None:
+    text = (inputs / "text.svg").rename(inputs / "mtp.svg")
+    arguments = FILE_OUT["lab mtp"].replace("TEXT", str(text))
+    refused("lab", "mtp", *filled(arguments, inputs, inputs), naming=(str(text), "is an input"))
+
+
+@pytest.mark.parametrize("command", sorted(FOLDER_OUT))
+def test_an_output_folder_that_is_an_input_is_refused(
+    command: str, inputs: Path, refused: Refused
+) -> None:
+    before = contents(inputs / "model")
+    out = inputs / "text.svg" if command in ("bench", "exercise") else inputs / "model"
+    refused(*command.split(), *filled(FOLDER_OUT[command], inputs, out), naming=(str(out),))
+    assert contents(inputs / "model") == before
+
+
+@pytest.mark.parametrize("command", sorted(FILE_OUT | FOLDER_OUT))
+def test_a_name_may_be_as_long_as_the_file_system_allows(
+    command: str, inputs: Path, run: Run, refused: Refused
+) -> None:
+    for name in ("n" * 251 + ".svg", "é" * 125 + ".svg"):  # 255 and 254 bytes
+        arguments = (FILE_OUT | FOLDER_OUT)[command].replace("--input RECORDING", "")
+        assert run(*command.split(), *filled(arguments, inputs, inputs / name)).code == 0
+    refused(*command.split(), *filled(arguments, inputs, "n" * 252 + ".svg"), naming=("too long",))
+    left = {path.name for path in inputs.iterdir()}
+    assert left == {"model", "recording", "text.svg", "n" * 251 + ".svg", "é" * 125 + ".svg"}
+
+
+@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
+def test_numbers_are_plain_digits_and_finite(
+    command: tuple[str, ...], refused: Refused, run: Run
+) -> None:
+    parser = _parser()
+    for word in command:
+        parser = inner(parser)[word]
+    for action in parser._actions:
+        if action.metavar not in ("N", "X", "P", "K", "T", "MS") or not action.option_strings:
+            continue
+        for bad in ("٣", "1_0", "nan", "inf", "-inf", "1e400", "-1", "0x1", "9" * 5000, "", "1\0"):
+            refused(*command, action.option_strings[0], bad, naming=(action.option_strings[0],))
+
+
+def test_a_seed_may_have_a_hundred_digits(run: Run, refused: Refused, tmp_path: Path) -> None:
+    arguments = ("generate", "--model", MODEL, "--tokens", 4, "--max-tokens", 1, "--temp", 1)
+    for number in (2**63, 2**64 - 1, 10**18, 10**99):
+        assert run(*arguments, "--seed", number).code == 0
+        assert run("make-tiny", "odd", "--out", tmp_path / "out", "--seed", number).code == 0
+    refused(*arguments, "--seed", 10**100, naming=("--seed", "at most 100 digits"))
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--tokens"])
+def test_a_prompt_from_stdin_is_bounded(
+    flag: str, run: Run, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Endless(io.RawIOBase):
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            buffer[:] = b"4" * len(buffer)
+            return len(buffer)
+
+    def endless() -> io.TextIOWrapper:
+        return io.TextIOWrapper(io.BufferedReader(Endless()), encoding="utf-8")
+
+    for module in ("minstep.arguments", "minstep.terminal"):
+        monkeypatch.setattr(f"{module}.LONGEST_TEXT", 10_000)
+    monkeypatch.setattr(sys, "stdin", endless())
+    refused("generate", flag, "-", naming=(flag, "more than 10,000 characters"))
+    monkeypatch.setattr(sys, "stdin", endless())
+    ran = run("chat", "--max-tokens", 1)
+    assert ran.code == 2 and "a line has more than 10,000 characters" in ran.err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("4,5"))
+    assert run("generate", flag, "-", "--max-tokens", 1).code == 0
+
+
+READING = {  # commands that only read
+    "generate": "--model MODEL/ --tokens 4 --max-tokens 1",
+    "walk": "--model MODEL/ --tokens 4",
+    "inspect": "MODEL/",
+    "check-layer": "MODEL/ --layer 1 --against RECORDING",
+    "diff": "RECORDING RECORDING --model MODEL/",
+    "lab bits": "--model MODEL/ --text TEXT",
+    "footgun run": "window-off-by-one --model MODEL/ --tokens 8",
+    "chat": "--model MODEL/ --tools TEXT",
+}
+
+
+@pytest.mark.parametrize("command", sorted(FILE_OUT | FOLDER_OUT | READING))
+def test_what_is_no_path_is_refused_in_one_line(command: str, inputs: Path, run: Run) -> None:
+    arguments = (FILE_OUT | FOLDER_OUT | READING)[command]
+    for word in {*arguments.split()} & {"MODEL/", "MODEL/config.json", "RECORDING", "TEXT", "OUT"}:
+        for bad in ("a\0b", "\ud800", "x" * 5000, "x/" * 3000, "text.svg/x"):
+            given = filled(arguments.replace(word, "BAD"), inputs, inputs / "out.svg")
+            ran = run(*command.split(), *(bad if each == "BAD" else each for each in given))
+            assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1), (bad, ran)
+            assert not (inputs / "out.svg").exists()
 
 
 # What is interrupted

@@ -107,30 +107,32 @@ def workers(count: int) -> Iterator[Workers]:
     if count < 2:
         yield Workers(None)
         return
-    # Not forked: this process has threads.
-    with ProcessPoolExecutor(count, get_context("spawn"), _start) as executor:
+    with _begun(count) as executor:
         try:
-            _begin(executor, count)
             yield Workers(executor)
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _begin(executor: Executor, count: int) -> None:
-    """Start the processes with signals of a terminal blocked, as they are then from the beginning.
-
-    Until _start has run, Ctrl-C would print a traceback in each.
+def _begun(count: int) -> Executor:
+    """The processes, begun with signals of a terminal blocked: until _start has run, Ctrl-C would
+    print a traceback in each.
     """
-    if not hasattr(signal, "pthread_sigmask"):
-        return
-    resource_tracker.ensure_running()  # its start would unblock signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _of_a_terminal())
+    is_posix = hasattr(signal, "pthread_sigmask")
+    if is_posix:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _of_a_terminal())
+        resource_tracker.ensure_running()  # which unblocks what it ignores itself
+        signal.pthread_sigmask(signal.SIG_BLOCK, _of_a_terminal())
     try:
+        # Not forked: this process has threads.
+        executor = ProcessPoolExecutor(count, get_context("spawn"), _start)
         for _ in range(count):
             executor.submit(int)
+        return executor
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if is_posix:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _of_a_terminal() -> list[signal.Signals]:
