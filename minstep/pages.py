@@ -14,7 +14,7 @@ import numpy as np
 
 from minstep.files import resource
 
-LIMIT = 1 << 30  # bytes of maps that stay resident: 1 GB, about three layers at one token
+LIMIT = 1 << 30  # bytes of maps that stay resident: 1 GB, about two layers at one token
 OFTEN = LIMIT // 8  # bytes touched between two looks at how much is resident
 STATM = Path("/proc/self/statm")  # on Linux: sizes of this process in pages, mapped files third
 HAS_STATM = STATM.exists()
