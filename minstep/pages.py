@@ -52,7 +52,7 @@ def used(weight: Any) -> None:
     """Say that a weight, an array or a stored one, has been read; in a map or not.
 
     When more than LIMIT bytes of maps are resident, the pages of its checkpoint leave the process.
-    Bringing them back costs half as much again as computing with them, so not before.
+    Bringing them back costs time even without the disk, so not before.
     """
     place = _place(weight)
     if place is None or DONTNEED is None:
