@@ -7,9 +7,11 @@ another one. All of that ends here: below this file no component parses or branc
 Source: config.json and configuration_step3p5.py of the released checkpoint
         (huggingface.co/stepfun-ai/Step-3.5-Flash).
 Differs: the class defaults of the released configuration disagree with the released config.json,
-        so a missing key is an error here, never a default. Absent may be `torch_dtype`,
-        `eos_token_id` and `attention_other_setting` (there is none), `yarn_only_types` (all kinds),
-        and `can_chat` (it can), which is minstep's own: a model that `train` made only continues.
+        so a missing key is an error here, never a default. These may be absent: `torch_dtype`,
+        `eos_token_id`, `attention_other_setting` and `quantization_config` (there is none),
+        `yarn_only_types` (all kinds), one of `max_position_embeddings` and `max_seq_len` (the other
+        holds), keys that decide nothing, and `can_chat` (it can), which is minstep's own: a model
+        that `train` made only continues.
 Checked by: tests/test_config.py
 """
 

@@ -21,7 +21,7 @@ import numpy as np
 from minstep.files import InputError, open_file, os_reason, resource
 from minstep.header import Header, identity
 
-LIMIT = 1 << 30  # bytes of maps that stay resident: 1 GB, about three layers at one token
+LIMIT = 1 << 30  # bytes of maps that stay resident: 1 GB, about two layers at one token
 SMALL = 1 << 18  # elements of a tensor that is copied, 1 MB of float32: larger ones stay mapped
 OFTEN = LIMIT // 8  # bytes touched between two looks at how much is resident
 STATM = Path("/proc/self/statm")  # on Linux: sizes of this process in pages, mapped files third
@@ -84,7 +84,7 @@ def used(weight: Any) -> None:
     """Say that a weight, an array or a stored one, has been read; in a map or not.
 
     When more than LIMIT bytes of maps are resident, the pages of its checkpoint leave the process.
-    Bringing them back costs half as much again as computing with them, so not before.
+    Bringing them back costs time even without the disk, so not before.
     """
     place = _place(weight)
     if place is None or DONTNEED is None:

@@ -46,7 +46,7 @@ def rotation(positions: Array, spec: RopeSpec, dtype: DTypeLike) -> Rotation:
     """The angles of `positions` [T] under `spec`: cos and sin [T, P] in `dtype`.
 
     With float32 the angle itself is a float32 product, as in the released code: at position
-    262,143 it is off by up to 0.016 rad. Use float64 to see what the model meant.
+    262,143 it is off by up to 0.015 rad. Use float64 to see what the model meant.
     """
     angles = np.outer(positions.astype(dtype), inverse_frequencies(spec, dtype))  # [T, P]
     return Rotation(np.cos(angles), np.sin(angles))

@@ -27,7 +27,7 @@ def add_bench(command: Callable[..., Any]) -> None:
     add.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights (0)")
     add.add_argument("--json", action="store_true", help="print one JSON object")
     alone = add.add_argument_group("one MoE layer alone, warm and cold, in place of the cases")
-    add_model(alone, "checkpoint in hub layout (random weights of the released sizes, 1.3 GB)")
+    add_model(alone, "checkpoint in hub layout (random weights of the released sizes, 1.0 GB)")
     alone.add_argument("--layer", type=at_least(0), metavar="N", help="which (17)")
 
 

@@ -34,8 +34,7 @@ class Row(NamedTuple):
     def ratio(self, other: str) -> tuple[float, float, float]:
         """How many times as fast as `other`, from the fastest rounds; least and most of a round.
 
-        In pairs it is the median of the rounds: of one side against itself that was within 0.008 of
-        1 where the fastest rounds were up to 0.015 off.
+        In pairs it is the median of the rounds, which a single lucky round does not move.
         """
         theirs = self.others[other]
         each_round = [b / a for a, b in zip(self.ours, theirs, strict=False)]

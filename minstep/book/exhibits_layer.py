@@ -49,8 +49,8 @@ LAYER = (
     Exhibit("window-off-by-one", "A window one too long, or one too short", ATTENTION,
         ("window one too long", "window one too short"),
         "A window of W is the token itself and the W - 1 before it. Kernels that count only the "
-        "tokens to the left take W and see one more. Up to W tokens both are the same, so no short "
-        "test finds it.",
+        "tokens to the left take W and see one more. In a text of fewer than W tokens nothing "
+        "differs, so no short test finds it.",
         (
             Met("huggingface/transformers/issues/39408",
                 "transformers: FlashAttention's window counts the left side alone"),
@@ -110,8 +110,8 @@ LAYER = (
         "Expert weights normalised over the wrong set, or not at all", EXPERTS,
         ("expert weights normalised over all experts", "expert weights not normalised"),
         "The scores of the chosen experts are divided by their own sum. Divided by the sum of all "
-        "scores they nearly vanish; undivided they are too large, the more the surer the router "
-        "is.",
+        "scores they are far too small. Undivided they add up to more the surer the router is, "
+        "and not to one.",
         (
             Met("pytorch/torchtitan/issues/1448",
                 "torchtitan, DeepSeek V3: not normalised; seen as large gradients after "

@@ -1,4 +1,4 @@
-"""What machines can do: bytes and FLOPs a second, as their makers say or as measured here.
+"""What machines can do: bytes and FLOPs a second, as published or as measured here.
 
 Checked by: tests/test_cost.py
 """

@@ -95,7 +95,6 @@ class NGram:
     The longest n-grams count occurrences, shorter ones the different bytes seen before them.
     Source: Chen and Goodman 1999, An empirical study of smoothing techniques for language
     modeling, Computer Speech and Language 13, 359-394: modified Kneser-Ney, their discounts.
-    Differs: Witten-Bell smoothing of 6-grams needs 0.25 bits more on Python's documentation.
     Checked by: tests/test_baselines.py
     """
 

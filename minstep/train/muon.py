@@ -33,7 +33,7 @@ def orthogonalised(update: Array, steps: int = 6) -> Array:
     Source: Polar Express, arXiv 2505.16932, its coefficients and safety factor; 6 steps of it as in
         report section D, which ran them in float16. Muon, kellerjordan.github.io/posts/muon.
     Differs: Muon's first form repeats one polynomial (3.4445, -4.7750, 2.0315) 5 times, which
-        leaves singular values from 0.01 to 1 between 0.68 and 1.13.
+        leaves singular values further from 1: docs/12-training.md computes how far.
     Checked by: tests/test_muon.py
     """
     is_tall = update.shape[-2] > update.shape[-1]
