@@ -62,7 +62,7 @@ def self_attention(
     heads = attend(q, past, past.start + past.keys.shape[1] - T, spec.window, tap)
     if weights.g_proj is not None:
         logits = tap("g_proj", linear(x, weights.g_proj))  # [T, H]
-        check_finite(("self_attn.g_proj", logits))
+        check_finite("self_attn.g_proj", logits)
         gate = sigmoid(logits)
         heads = heads * gate[:, :, None]
     return tap("o_proj", linear(heads.reshape(T, H * K), weights.o_proj))  # [T, D]

@@ -35,7 +35,7 @@ def swiglu(x: Array, weights: MLPWeights, limit: float | None) -> Array:
     gate = silu(linear(x, weights.gate_proj))  # [..., F]
     up = linear(x, weights.up_proj)  # [..., F]
     if limit is not None:
-        check_finite(("gate_proj", gate), ("up_proj", up))  # a clamp would hide infinity
+        check_finite("gate_proj", gate, "up_proj", up)  # a clamp would hide infinity
         gate = np.minimum(gate, limit)
         up = np.clip(up, -limit, limit)
     return linear(gate * up, weights.down_proj)  # [..., D]

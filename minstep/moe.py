@@ -54,7 +54,7 @@ def route(x: Array, weights: MoEWeights, spec: MoESpec, tap: Tap = silent) -> Ch
     biased = scores
     if weights.router_bias is not None:
         biased = scores + as_float(weights.router_bias, x.dtype)
-    check_finite(("moe.gate", logits), ("moe.router_bias on scores", biased))
+    check_finite("moe.gate", logits, "moe.router_bias on scores", biased)
     order = np.argsort(-biased, axis=-1, kind="stable")  # best first
     if tap.wants("margin") and spec.top_k < spec.experts:
         ranked = np.take_along_axis(biased, order, axis=-1)

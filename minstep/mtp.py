@@ -118,7 +118,7 @@ class Drafter:
 
         Raises InputError where they, or the states of a depth, are not finite.
         """
-        check_finite((self.config.layers[-1].name, hidden))
+        check_finite(self.config.layers[-1].name, hidden)
         self.states = np.concatenate((self.states, hidden))  # [rows, D]
         known = max(0, min(len(self.states), len(tokens) - self.count - self.first))
         x = self.states[:known]  # [known, D]
@@ -137,7 +137,7 @@ class Drafter:
         """
         if not self.count:
             return [], []
-        check_finite((self.config.layers[-1].name, hidden))
+        check_finite(self.config.layers[-1].name, hidden)
         self.states = np.concatenate((self.states, hidden))  # [rows, D]
         text, drafts, q = list(tokens), list[int](), list[Array]()
         x = self.states
@@ -145,7 +145,7 @@ class Drafter:
             x = self._depth(k, text[self.first + k :], x)  # its last token is the draft before
             logits = mtp_head(x[-1:], self.weights.mtp[k - 1], self.config.rms_norm_eps)[0]  # [V]
             name = f"{self.config.mtp_layers[k - 1].name}.transformer.shared_head.output"
-            check_finite((name, logits))
+            check_finite(name, logits)
             q.append(distribution(logits, text, how))
             drafts.append(draw(q[-1], rng))
             text.append(drafts[-1])
@@ -160,7 +160,7 @@ class Drafter:
         layer, embed_tokens = self.weights.mtp[k - 1], self.weights.embed_tokens
         eps = self.config.rms_norm_eps
         x = mtp_depth(next_tokens, x, layer, embed_tokens, spec, table, eps, cache)  # [rows, D]
-        check_finite((spec.name, x))  # before the next depth meets it
+        check_finite(spec.name, x)  # before the next depth meets it
         return x
 
     def _settle(self, rows: int) -> None:

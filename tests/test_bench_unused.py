@@ -17,7 +17,7 @@ def f(x, tap):
     if x < 0:
         raise ValueError("negative")
     assert x
-    check_finite(("x", x))
+    check_finite("x", x)
     for n in x:
         if n:
             message = "no"

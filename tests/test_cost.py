@@ -50,7 +50,7 @@ SHEETS = {
 }
 
 
-@pytest.mark.parametrize("name", {*SHEETS, *HARDWARE})
+@pytest.mark.parametrize("name", sorted({*SHEETS, *HARDWARE}))
 def test_devices_are_what_their_data_sheets_say(name: str) -> None:
     label, bandwidth, bf16, fp8, memory, usual = SHEETS[name]
     device = HARDWARE[name]

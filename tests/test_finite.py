@@ -222,5 +222,5 @@ def test_whether_an_array_is_finite_is_what_numpy_says(shape: tuple[int, ...], d
             y.reshape(-1)[n] = bad
             place = [int(index) for index in np.unravel_index(n, shape)]
             with pytest.raises(NotFinite) as caught:
-                check_finite(("the tensor", y))
+                check_finite("the tensor", y)
             assert str(caught.value).startswith(f"the tensor is {bad} at {place}")

@@ -131,7 +131,7 @@ def agreements(
     for window in windows:
         hidden = decoder(window, weights, config, dtype)  # [T, D]
         logits = head(hidden, weights, config)  # [T, V]
-        check_finite(("lm_head", logits))  # of NaN the largest is a token like any other
+        check_finite("lm_head", logits)  # of NaN the largest is a token like any other
         choice = logits.argmax(-1)[:-1]  # [T-1], guesses at tokens 1, ...
         text = np.asarray(window)[1:]  # [T-1]
         sums[MAIN] += len(text), len(text), (choice == text).sum()
@@ -140,7 +140,7 @@ def agreements(
             depths = forward(window, hidden, way.weights(weights), config)
             for k, logits in enumerate(depths, start=1):
                 name = f"{config.mtp_layers[k - 1].name}.transformer.shared_head.output"
-                check_finite((name, logits))
+                check_finite(name, logits)
                 guess = logits.argmax(-1)[:-1]  # [T-k-1]
                 same = (guess == choice[k:]).sum(), (guess == text[k:]).sum()
                 sums[way.name][k - 1] += len(guess), *same
