@@ -113,6 +113,19 @@ def test_the_share_of_idle_processors_is_known_or_none(
     assert timing.idle_share() == pytest.approx(80 / 100)
 
 
+def test_a_time_is_that_of_the_fastest_call_after_two_that_do_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lengths = iter([0.1, 0.2, 5.0, 3.0, 4.0])
+    clock = [0.0]
+
+    def work() -> None:
+        clock[0] += next(lengths)
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    assert timing.fastest(work, 3) == pytest.approx(3.0) and next(lengths, None) is None
+
+
 def test_targets_are_met_or_not_by_the_ratio() -> None:
     assert target("tiny", "decode, a token", "float32") == 2.0
     assert target("tiny", "decode, a token", "bfloat16") is None
