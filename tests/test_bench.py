@@ -12,7 +12,7 @@ from minstep import open_checkpoint, pages
 from minstep.bench import decoding, timing
 from minstep.bench.layer import bench_moe
 from minstep.bench.peers import Setup
-from minstep.bench.report import bench_report, bench_table, charts
+from minstep.bench.report import bench_report, bench_table, case_lines, charts, is_busy, judged
 from minstep.bench.targets import LIMIT, TARGETS, target
 from minstep.bench.timing import Curve, Found, Row, read_rate, rounds
 from minstep.bench.training import training
@@ -111,6 +111,27 @@ def test_the_share_of_idle_processors_is_known_or_none(
     stat.write_text(next(lines))
     monkeypatch.setattr(timing.time, "sleep", lambda _: stat.write_text(next(lines)))
     assert timing.idle_share() == pytest.approx(80 / 100)
+
+
+def test_a_time_is_that_of_the_fastest_call_after_two_that_do_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lengths = iter([0.1, 0.2, 5.0, 3.0, 4.0])
+    clock = [0.0]
+
+    def work() -> None:
+        clock[0] += next(lengths)
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    assert timing.fastest(work, 3) == pytest.approx(3.0) and next(lengths, None) is None
+
+
+def test_a_time_has_the_unit_that_suits_it_and_a_busy_machine_is_called_so() -> None:
+    times = {2.5: "2.50 s", 1.0: "1.00 s", 0.25: "250.00 ms", 1e-3: "1.00 ms", 5e-4: "500.0 us"}
+    for seconds, said in times.items():
+        (line,) = case_lines(judged(Found([Row("tiny", "x", [seconds, 9.0], {})])))
+        assert line.endswith(said), line
+    assert [is_busy(idle) for idle in (None, 0.0, 0.89, 0.9, 1.0)] == [0, 1, 1, 0, 0]
 
 
 def test_targets_are_met_or_not_by_the_ratio() -> None:

@@ -1,6 +1,7 @@
 """Checkpoints in hub layout: what make-tiny writes, how shards are found, what opening reads."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -394,3 +395,22 @@ def test_a_checkpoint_owns_every_file_that_it_is_read_from_through_links_too(
             assert checkpoint.owns(file), file
         assert not checkpoint.owns(sharded / f"{name}.old")
         assert not checkpoint.owns(tmp_path / name)
+
+
+@pytest.mark.parametrize("first", [1, 1000])
+def test_however_many_shards_there_are_each_has_a_tensor(first: int) -> None:
+    for sizes in ([first, *[1] * 11], [*[1] * 11, first], [1] * 6 + [first] + [1] * 5):
+        for shards in range(1, 13):
+            ends = save._shard_ends(sizes, shards)
+            assert len(ends) == shards and ends[-1] == 12
+            assert all(a < b for a, b in zip([0, *ends], ends, strict=False)), (sizes, ends)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_the_space_that_is_asked_for_is_what_the_tensors_take(dtype: str, size: int) -> None:
+    config = load_config(find_config("tiny"))
+    count = sum(math.prod(shape) for shape in tensor_shapes(config).values())
+    assert save.needed_space(config, save.Form(dtype)) == size * count
+    none = save.Form(dtype, holds=lambda name: "moe" not in name)
+    held = {n: shape for n, shape in tensor_shapes(config).items() if "moe" not in n}
+    assert save.needed_space(config, none) == size * sum(map(math.prod, held.values()))
