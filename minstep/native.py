@@ -160,8 +160,9 @@ def _heads(keys: Keys, kinds: list[str]) -> dict[str, int]:
     if keys.raw.get("per_layer_config") is None:  # as transformers fills it in
         return heads
     layers, numbers = keys.inner("per_layer_config"), [str(n) for n in range(len(kinds))]
+    known = {*numbers}
     for n in layers.raw:
-        layers.require(n, n in numbers, f"expected layer numbers from 0 to {numbers[-1]}")
+        layers.require(n, n in known, f"expected layer numbers from 0 to {numbers[-1]}")
     found: dict[str, set[int]] = {kind: set() for kind in KINDS}
     for n, kind in zip(numbers, kinds, strict=True):
         own = base

@@ -13,14 +13,14 @@ class Quantization(NamedTuple):
 
     rows: int
     columns: int
-    excluded: tuple[str, ...]
+    excluded: frozenset[str]
 
     def covers(self, tensor: str) -> bool:
         """Whether a tensor may be stored in 8 bits: a projection that no excluded module holds."""
-        module = f".{tensor.removesuffix('.weight')}."
-        return tensor.endswith("_proj.weight") and not any(
-            f".{name}." in module for name in self.excluded
-        )
+        parts = tensor.removesuffix(".weight").split(".")
+        ends = range(1, len(parts) + 1)
+        modules = (".".join(parts[start:end]) for end in ends for start in range(end))
+        return tensor.endswith("_proj.weight") and self.excluded.isdisjoint(modules)
 
 
 def parse_quantization(raw: dict[str, Any], source: str) -> Quantization | None:
@@ -44,4 +44,4 @@ def parse_quantization(raw: dict[str, Any], source: str) -> Quantization | None:
     excluded: Any = keys.raw.get("modules_to_not_convert") or []
     named = isinstance(excluded, list) and all(isinstance(name, str) for name in excluded)
     keys.require("modules_to_not_convert", named, "expected a list of module names")
-    return Quantization(block[0], block[1], tuple(excluded))
+    return Quantization(block[0], block[1], frozenset(excluded))

@@ -9,7 +9,9 @@ import numpy as np
 from minstep.bf16 import BF16Array, to_bf16
 from minstep.lab.trace import Trace
 
-CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32"}
+INTEGERS = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
+CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bool": "BOOL"}
+CODES |= {name: f"{name[0].upper()}{name.strip('uint')}" for name in INTEGERS}
 
 
 def save(trace: dict[str, Any], path: Path, **metadata: Any) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from minstep.header import Data, write_tensors
 from minstep.keys import read_json
 from minstep.lab.trace import record
 from minstep.linear import as_float, linear
+from minstep.quantization import parse_quantization
 from minstep.weights import assemble, blocks, tensor_shapes
 from tests.conftest import Refused, Run
 
@@ -275,3 +277,16 @@ def test_excluded_modules_are_parts_of_names_not_of_words() -> None:
         assert quantization.covers(covered)
     for kept in ("model.layers.1.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"):
         assert not quantization.covers(kept)
+
+
+def test_many_excluded_modules_cost_no_more_than_a_few() -> None:
+    excluded = [f"model.layers.{n}.x" for n in range(300_000)]
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    raw = {"quantization_config": config | {"modules_to_not_convert": excluded}}
+    quantization = parse_quantization(raw, "config.json")
+    assert quantization is not None
+    start = time.perf_counter()
+    for n in range(2000):
+        assert quantization.covers(f"model.layers.{n}.moe.gate_proj.weight")
+        assert not quantization.covers(f"model.layers.{n}.x.gate_proj.weight")
+    assert time.perf_counter() - start < 10  # looking at each takes minutes

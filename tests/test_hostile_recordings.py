@@ -29,7 +29,7 @@ from minstep.lab.names import split
 from minstep.lab.recording import Recording, open_recording
 from minstep.lab.trace import Trace, record
 from tests.conftest import Ran, Refused, Run
-from tests.recordings import CODES, save
+from tests.recordings import INTEGERS, save
 from tests.test_golden import GOLDEN, WEIGHTS, meta
 
 TINY = GOLDEN / "tiny" / "bf16"
@@ -37,8 +37,6 @@ CONFIG = minstep.load_config(TINY)
 TOKENS = meta(TINY)["prompt"][:6]
 L3 = "model.layers.3"
 IDS, GATE, PROBS = f"{L3}.moe.ids", f"{L3}.moe.gate", f"{L3}.self_attn.probs"
-INTEGERS = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
-CODES |= {"bool": "BOOL"} | {name: f"{name[0].upper()}{name.strip('uint')}" for name in INTEGERS}
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +185,7 @@ def test_metadata_that_is_malformed_is_refused_briefly(
 
 
 def test_many_passes_and_names_take_linear_time(trace: Trace, tmp_path: Path, run: Run) -> None:
-    count = 100_000
+    count = 40_000
     passes = [{"before": n, "drafts": [], "accepted": 0, "new": 1} for n in range(count)]
     file = save(trace, tmp_path / "file", tokens=[0] * (count + 1), passes=passes)
     start = time.perf_counter()
