@@ -181,6 +181,19 @@ def test_types_are_those_that_the_plain_way_finds() -> None:
             assert (found, type(found)) == (expected, type(expected)), (schema, root)
 
 
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_parameters_that_refer_to_each_other_in_a_circle_have_all_its_types(order: str) -> None:
+    parts = {
+        "a": {"anyOf": [{"$ref": "#/properties/b"}]},
+        "b": {"anyOf": [{"$ref": "#/properties/a"}], "type": "null"},
+    }
+    parameters = {"properties": {name: parts[name] for name in order}}
+    values = "".join(f"<parameter={name}>null</parameter>" for name in "ab")
+    text = f"</think><tool_call><function=f>{values}</function></tool_call>"
+    call = parse(text, [{"name": "f", "parameters": parameters}]).tool_calls[0]
+    assert call.arguments == {"a": None, "b": None}
+
+
 def test_many_parameters_of_one_large_schema_are_looked_up_once() -> None:
     count = 3000
     shared = {"anyOf": [{"type": "null"} for _ in range(count)]}

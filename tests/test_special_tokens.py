@@ -28,11 +28,11 @@ def shipped() -> Tokenizer:
 
 
 def tagged() -> Tokenizer:
-    """The shipped tokenizer with tags that are tokens, some special, and one with an ending."""
+    """The shipped tokenizer with more special tokens, and tags of which some are special."""
     tokenizer = shipped()
-    tokenizer.add_tokens([AddedToken(tag, special=False) for tag in TEMPLATE_TAGS[:3]])
-    tokenizer.add_special_tokens([AddedToken(tag) for tag in (*TEMPLATE_TAGS[3:], "<|EOT|>")])
-    tokenizer.add_special_tokens([AddedToken(token) for token in ("<|im_end|>\n", "x<|im_start|>")])
+    tokenizer.add_tokens([AddedToken(tag, special=False) for tag in TEMPLATE_TAGS[2:]])
+    special = [*TEMPLATE_TAGS[:2], "<|EOT|>", "<|im_end|>\n", "x<|im_start|>", "\nx|"]
+    tokenizer.add_special_tokens([AddedToken(token) for token in special])
     tokenizer.add_tokens([AddedToken("  "), AddedToken("word")])
     return tokenizer
 

@@ -193,7 +193,9 @@ HOSTILE: dict[str, Callable[[], Any]] = {
     "deep": lambda: nested("normalizers", 100_000),
     "deep in a key nobody reads": lambda: '{"x": ' + "[" * 100_000 + "]" * 100_000 + "}",
     "wide": lambda: step(normalizer=sequence("normalizers", *[{"type": "NFC"}] * 100_000)),
-    "lists without end": lambda: '{"x": [' + "[]," * 2_000_001 + "[]]}",
+    "lists without end": lambda: json.dumps(model(x=0)).replace(
+        '"x": 0', '"x": [' + "[]," * 2_000_001 + "[]]"
+    ),
     "many added tokens": lambda: step(
         added_tokens=[added(f"<{n}>", 2000 + n) for n in range(MOST_ADDED + 1)]
     ),
@@ -294,6 +296,14 @@ def test_the_least_that_a_pattern_takes_is_known() -> None:
     known = {"": 0, "a|": 0, "a?": 0, "^|a": 0, "(?=a)": 0, "(a|bc)d": 2, "[a-z[0-9]]{2,}": 2}
     known |= {r"\p{L}x*": 1, "(?:ab){3}": 6, "{": 1, "a{,3}": 0, r"\x{41}[]]": 2, "(?i)ab": 2}
     assert {pattern: check_pattern(pattern, "place") for pattern in known} == known
+
+
+def test_a_refusal_says_what_is_wrong_and_where(tmp_path: Path) -> None:
+    raw = step(normalizer=sequence("normalizers", replace({"Regex": "a?|b"}, "c")))
+    with pytest.raises(InputError) as refusal:
+        load_tokenizer(written(raw, tmp_path))
+    expected = "normalizer: Replace: the pattern matches where there is no text"
+    assert str(refusal.value) == f"{tmp_path / 'tokenizer.json'}: {expected}"
 
 
 def test_only_a_regular_file_of_bounded_size_is_read(tmp_path: Path) -> None:
