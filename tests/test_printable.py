@@ -18,7 +18,7 @@ from minstep.cli import _parser
 from minstep.configs import read_config
 from minstep.header import Data, read_header, write_tensors
 from minstep.save import Form, save_random
-from minstep.terminal import DIM, ERASE, PLAIN, json_text
+from minstep.terminal import DIM, ERASE, PLAIN, json_text, note, print_text
 from tests.conftest import Run
 from tests.recordings import save
 
@@ -258,6 +258,17 @@ def test_json_keeps_letters_and_escapes_what_is_not_printable() -> None:
     assert text.isprintable() and "字😀" in text and json.loads(text) == value
     assert json_text(value, is_utf8=False).isascii()
     assert json.loads(json_text(value, is_utf8=False)) == value
+
+
+def test_reports_and_notes_are_escaped_whoever_made_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = HOSTILE.replace("\n", "")
+    print_text("first", line)
+    note(f"minstep: {line}\nlast")
+    for text in capsys.readouterr():
+        check(text)
+        assert "\\x1b[2J" in text and text.count("\n") == 2
 
 
 def test_warnings_are_printed_escaped(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
