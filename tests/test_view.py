@@ -438,7 +438,9 @@ def test_what_is_no_trace_is_refused(refused: Refused, tmp_path: Path, trace: Pa
         ("model.layers.1.self_attn.probs", (6, "T", 2), 0.5, "expected 3 axes and T positions"),
         ("model.layers.6.self_attn.probs", (6, "T", 2), 0.5, "3 axes and at most T positions"),
         ("model.layers.1", ("T", 128), np.nan, "expected finite numbers"),
-        ("model.layers.1.moe.ids", ("T", 2), 99, "expected experts 0 to 15"),
+        ("model.layers.1.moe.ids", ("T", 2), 99, "holds 99 to 99, expected 0 to 15"),
+        ("model.layers.1.moe.ids", ("T", 2), 3, "an expert twice in a row"),
+        ("model.layers.1.moe.gate", ("T", 2, 8), 0.5, "expected 2 axes"),
         ("model.layers.1.share_expert", ("T", 64), 1.0, "expected one, since they are added up"),
     ],
 )

@@ -262,7 +262,8 @@ def _experts(recordings: Iterable[Recording], config: Config | None) -> dict[int
         for name, (term, *_) in recording.forms.items():
             layer, part = split(name)
             shape = recording.stored[term.source].shape
-            if layer is not None and layer not in known and part == "moe.gate" and shape:
+            is_gate = part == "moe.gate" and shape and math.prod(shape[:-2]) == 1
+            if layer is not None and layer not in known and is_gate:
                 found[layer] = max(found.get(layer, 0), shape[-1])
     return found
 
