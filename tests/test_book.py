@@ -13,6 +13,7 @@ from tests.book import (
     chapters,
     file_of,
     fill,
+    has_its_text,
     public,
     question,
     reaches,
@@ -40,6 +41,8 @@ def test_every_block_is_what_its_marker_makes(
     for old, new in zip(BLOCK.finditer(written), BLOCK.finditer(made), strict=True):
         assert old[0] == new[0], "python -m tests.book writes it"
     assert written == made
+    if "<!-- run-held-out " in written and not has_its_text():
+        pytest.skip("all but its held-out text is compared: this Python documents itself otherwise")
 
 
 @pytest.mark.parametrize("path", WRITTEN, ids=name)
