@@ -159,3 +159,12 @@ def test_a_pipe_among_the_parts_of_a_recording_is_refused(
     pipe(parts / name)
     command = ("record", "--model", TINY, "--layers", 3, *IDS, "--out", tmp_path / "out")
     refused(*command, naming=(str(parts),))
+
+
+@pytest.mark.parametrize("kind", [*KINDS[:3], endless])
+def test_what_stands_in_the_place_of_a_tokenizer_is_refused(
+    kind: Callable[[Path], Path], tmp_path: Path, refused: Refused
+) -> None:
+    model = shutil.copytree(GOLDEN / "odd" / "fp32", tmp_path / "model")
+    path = kind(model / "tokenizer.json")
+    refused("generate", "--model", model, "--prompt", "hello", naming=(str(path),))
