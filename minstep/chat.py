@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple, get_args
 
 from minstep.files import InputError
@@ -103,20 +104,23 @@ class Prompt(str):
         ends = [*(begin for begin, _, _ in self.contents), len(self)]
         return "".join(self[begin:end] for begin, end in zip(begins, ends, strict=True))
 
+    def place(self, begin: int, end: int) -> str:
+        """The place of what the template has not written of a stretch; empty without any."""
+        n = bisect_right(self.contents, begin, key=itemgetter(1))  # that ends behind `begin`
+        is_inside = n < len(self.contents) and self.contents[n][0] < end
+        return self.contents[n][2] if is_inside else ""
+
     def foreign(self, tokens: Iterable[str]) -> list[tuple[int, int, str]]:
         """Where `tokens` stand that the template has not written: begin, end, place; in order.
 
         Such a token may begin in the template's text and end in a message's.
         """
-        begins = [begin for begin, _, _ in self.contents]
-        ends = [end for _, end, _ in self.contents]
         found = []
         for token in tokens:
             at = self.find(token)
             while at >= 0:
-                n = bisect_right(ends, at)  # the first content that ends behind its begin
-                if n < len(ends) and begins[n] < at + len(token):
-                    found.append((at, at + len(token), self.contents[n][2]))
+                end = at + len(token)
+                found += [(at, end, place) for place in [self.place(at, end)] if place]
                 at = self.find(token, at + 1)
         return sorted(found)
 

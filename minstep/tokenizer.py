@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 
-from minstep.chat import IMAGE, TEMPLATE_TAGS, Prompt, refuse_foreign
+from minstep.chat import IMAGE, SPECIAL, TEMPLATE_TAGS, Prompt, refuse_foreign
 from minstep.files import InputError
 from minstep.reply import END_THINK, THINK
 from minstep.tokenizer_file import contained, read_tokenizer
@@ -63,41 +63,61 @@ def encode(tokenizer: Tokenizer, text: str, is_rendered: bool = False) -> list[i
     """The token ids of `text`; a rendered conversation brings its own bos.
 
     Special tokens that a text spells are tokens, but for those in a Prompt's messages that is to
-    have them "plain". Such a one is cut behind its first character, and each part is encoded by
-    itself: as no part has it, it is ordinary text. Where no message spells one, nothing is cut, and
-    the ids are the released ones.
+    have them "plain" or to "refuse" them.
     Raises InputError for what the tokenizer cannot take, and for what a Prompt is to refuse.
     Checked by: tests/test_tokenizer.py, tests/test_special_tokens.py
     """
     with contained(f"the prompt {text[:80]!r} cannot be encoded"):
         text.encode()  # else the package says of a lone surrogate something of a type
-        if not isinstance(text, Prompt) or text.special_tokens == "released":
-            return list(tokenizer.encode(text, add_special_tokens=not is_rendered).ids)
-        special = special_tokens(tokenizer)
-        if text.special_tokens == "refuse":
-            refuse_foreign(text, special)
-        cuts = {begin + 1 for begin, _, _ in text.foreign(special)}
-        parts = [text[a:b] for a, b in pairwise([0, *sorted(cuts), len(text)])]
-        ids = list(tokenizer.encode(parts[0], add_special_tokens=not is_rendered).ids)
-        for part in parts[1:]:
-            ids += tokenizer.encode(part, add_special_tokens=False).ids
-        own = tokenizer.encode(text.template, add_special_tokens=not is_rendered).ids
-        numbers = {*special.values()}
-        if [n for n in ids if n in numbers] != [n for n in own if n in numbers]:
-            reason = "this tokenizer finds special tokens in it that nobody spelled"
-            raise InputError(f"the prompt {text[:80]!r} cannot be encoded as plain text: {reason}")
-        return ids
+        if isinstance(text, Prompt) and text.special_tokens != "released":
+            encoding = _encode_guarded(tokenizer, text)
+            encoding = tokenizer.post_process(encoding, add_special_tokens=not is_rendered)
+        else:
+            encoding = tokenizer.encode(text, add_special_tokens=not is_rendered)
+        return list(encoding.ids)
+
+
+def _encode_guarded(tokenizer: Tokenizer, prompt: Prompt) -> Encoding:
+    """A prompt in which only the template's special tokens are tokens.
+
+    One that a message spells is cut behind its first character, and each part is encoded by itself:
+    as no part has it, it is ordinary text. Where no message spells one, nothing is cut, and the ids
+    are the released ones.
+    A normalizer may make a special token of other text: then, or where a message hides one of the
+    template's, InputError.
+    """
+    special = special_tokens(tokenizer)
+    if prompt.special_tokens == "refuse":
+        refuse_foreign(prompt, special)
+    numbers = {*special.values()}
+    cuts = {begin + 1 for begin, _, _ in prompt.foreign(special)}
+    parts, found = [], []
+    for begin, end in pairwise([0, *sorted(cuts), len(prompt)]):
+        part = tokenizer.encode(prompt[begin:end], add_special_tokens=False)
+        parts.append(part)
+        for number, (first, last) in zip(part.ids, part.offsets, strict=True):
+            if number in numbers:
+                written = prompt[begin + first : begin + last]  # may have white space around it
+                first += begin + len(written) - len(written.lstrip())
+                found.append((number, prompt.place(first, first + len(written.strip()))))
+    own = tokenizer.encode(prompt.template, add_special_tokens=False).ids
+    if found != [(number, "") for number in own if number in numbers]:
+        reason = "this tokenizer finds other special tokens in it than the template's"
+        raise InputError(f"the prompt {prompt[:80]!r} cannot be encoded as plain text: {reason}")
+    return Encoding.merge(parts)
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     """The tokens that mean something to the model, with their ids: the special ones, and tags.
 
-    What stands for an image is none of them: it begins no turn, and messages may have images.
+    Those of the template count even where the tokenizer does not call them special. What stands for
+    an image is none of them: it begins no turn, and messages may have images.
     """
+    known = {*SPECIAL, *TEMPLATE_TAGS}
     return {
         token.content: number
         for number, token in tokenizer.get_added_tokens_decoder().items()
-        if (token.special or token.content in TEMPLATE_TAGS) and token.content not in ("", IMAGE)
+        if (token.special or token.content in known) and token.content not in ("", IMAGE)
     }
 
 
