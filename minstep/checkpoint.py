@@ -110,7 +110,11 @@ class Checkpoint(NamedTuple):
         return allowed | ({"F8_E4M3"} if quantization and quantization.covers(name) else set())
 
     def _stored(self, tensor: Tensor) -> Any:
-        """A view of a tensor's bits; of a tensor in two halves, of its own rows of each expert."""
+        """A view of a tensor's bits; of a tensor in two halves, of its own rows of each expert.
+
+        Raises InputError where its file has become shorter since it was opened.
+        """
+        self.maps[tensor.file].check()
         shape, half = tensor.shape, tensor.half
         if half is not None:
             shape = (shape[0], 2 * shape[1], *shape[2:])

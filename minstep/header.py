@@ -76,7 +76,7 @@ def open_header(file: Path) -> Header:
     Differs: the safetensors package takes what is refused here: spaces before the header, a name
         that stands twice, an entry with a key of its own or as an array, more than 8 sizes or
         LONGEST_ENTRY characters, MOST_TENSORS tensors, sizes that NumPy cannot hold beside a size
-        of 0, and dtypes of less than a byte or complex.
+        of 0, and dtypes that BYTES lacks: F4, F6 and FNUZ floats, and complex numbers.
     Checked by: tests/test_header.py
     """
     with open_file(file) as opened:

@@ -49,10 +49,8 @@ def strict_json(text: str) -> Any:
 
     def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
         for key, value in found if odd else ():
-            try:
-                json.dumps(value, allow_nan=False)
-            except ValueError:
-                raise ValueError(f"{shown(key)} is {odd[0]:.80}, {FINITE}") from None
+            if not _is_finite(value):
+                raise ValueError(f"{shown(key)} is {odd[0]:.80}, {FINITE}")
         return unique(found)
 
     value = json.loads(text, object_pairs_hook=pairs, parse_constant=number, parse_float=number)
@@ -61,6 +59,13 @@ def strict_json(text: str) -> Any:
     if "\\u" in text:  # the only way to half a character
         json.dumps(value, ensure_ascii=False).encode()
     return value
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a JSON value holds finite numbers alone; of objects within it this is known."""
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -80,8 +80,9 @@ def experts(x: Array, weights: MoEWeights, choice: Choice, limit: float | None) 
     if min(used) < 0 or max(used) >= E:
         raise InputError(f"experts {min(used)} to {max(used)} are chosen, expected 0 to {E - 1}")
     slots = x[np.repeat(np.arange(T), A)]  # [T*A, D]
-    check(weights.gate_proj)
     stacks, size = weights[2:], math.prod(weights.gate_proj.shape[1:])
+    for stack in stacks:
+        check(stack)
     are_ready = all(isinstance(w, np.ndarray) and w.dtype == x.dtype for w in stacks)
     run = at_once if are_ready and T * A * size <= FEW else one_by_one
     outputs = run(slots, weights, flat, limit).reshape(T, A, -1)  # [T, A, D]

@@ -30,7 +30,7 @@ STRICTER = (
     "expected an object",  # an array in the place of an entry
     "expected a list of at most 8 sizes",
     "expected sizes that 64 bits can count",
-    "expected one of F64",  # F4, F6, C64
+    "expected one of F64",  # F4, F6, FNUZ, C64
     "is no JSON",  # an object within an entry, under a key of its own
 )
 

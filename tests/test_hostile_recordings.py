@@ -136,6 +136,44 @@ def test_without_logits_ids_have_a_bound_too(
     assert run("diff", ours, other_experts).code == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "x"),
+    [
+        ("vision_model.conv1.weight", np.zeros((4, 3, 2, 2, 2), np.float32)),
+        ("vision_model.scale.bias", np.float32(1).reshape(())),
+        ("model.layers.3.self_attn.rotary_emb.weight", np.zeros(3, np.int32)),
+        ("model.layers.3.moe.tokens", np.zeros((0, 4), bool)),
+        ("quantizer.weight", np.zeros((0, 4), np.int8)),
+    ],
+)
+def test_names_that_are_not_ours_hold_anything(
+    name: str, x: Any, trace: Trace, ours: Path, tmp_path: Path, run: Run
+) -> None:
+    theirs = save(trace | {name: x}, tmp_path / "theirs", tokens=TOKENS)
+    for command in (
+        ("diff", ours, theirs),
+        ("diff", theirs, theirs),
+        ("check-layer", TINY, "--layer", 3, "--against", theirs),
+    ):
+        assert run(*command).code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        (f"{L3}.self_attn.q_proj.weight", (1, 1, 1, 1)),
+        (f"{L3}.moe.router_bias", ()),
+        ("lm_head.weight", (0, 64)),
+        (f"{L3}.moe.gate_proj.weight", (2, 2, 2, 2)),
+    ],
+)
+def test_a_weight_of_ours_is_looked_at(
+    name: str, shape: tuple[int, ...], trace: Trace, ours: Path, tmp_path: Path, refused: Refused
+) -> None:
+    theirs = save(trace | {name: np.zeros(shape, np.float32)}, tmp_path / "theirs", tokens=TOKENS)
+    refused("diff", ours, theirs, naming=(f"tensor {name} has shape",))
+
+
 @pytest.mark.parametrize("sizes", [[0, 2**47, 2**47], [2**40] * 7 + [0], [2**48, 0]])
 def test_sizes_of_nothing_that_no_array_has_are_refused(
     sizes: list[int], ours: Path, tmp_path: Path, refused: Refused

@@ -75,3 +75,12 @@ def test_keys_that_stand_twice_are_found_in_linear_time() -> None:
     with pytest.raises(ValueError, match="key 0 stands twice"):
         strict_json(text)
     assert time.perf_counter() - start < 10  # comparing all with all takes minutes
+
+
+def test_a_number_too_large_is_named_in_linear_time() -> None:
+    """It stands in a list, and no object after it holds it."""
+    deep = '{"a":' * 900 + '"' + "x" * 12_000_000 + '"' + "}" * 900
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="it holds 1e999, expected finite"):
+        strict_json(f"[1e999,{deep}]")
+    assert time.perf_counter() - start < 15  # writing every object out again takes a minute

@@ -169,7 +169,10 @@ def test_a_weight_whose_file_was_cut_is_refused_and_not_touched(mapped: Map) -> 
     one = Choice(np.array([[1]]), np.ones((1, 1), np.float32))
     os.truncate(mapped.file, 4096)
     x = np.zeros((1, 2048), np.float32)
+    whole = np.zeros((64, 128, 64), np.float32)
+    down_alone = MoEWeights(np.zeros((64, 64)), None, whole, whole, stacks[1])
     for use in (
+        lambda: experts(x[:, :64], down_alone, one, None),
         lambda: linear(x, BF16Array(bits)),
         lambda: linear(x, bits.view(np.float32).reshape(1024, 2048)),
         lambda: embed([5], BF16Array(bits), np.float32),
@@ -201,3 +204,20 @@ def test_a_model_whose_files_were_cut_answers_or_names_one(
     for layer in (n for n, spec in enumerate(config.layers) if spec.moe):
         with pytest.raises(InputError, match="it was cut"):
             run_layers(state, weights.layers[layer:][:1], config.layers[layer:][:1], 0, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_whose_file_was_cut_after_it_was_opened_is_not_read(
+    dtype: str, tmp_path: Path
+) -> None:
+    """Small tensors are copied when a layer is asked for, long after its file was opened."""
+    raw = read_json(find_config("tiny") / "config.json") | {"torch_dtype": dtype}
+    config = parse_config(raw)
+    save_random(raw, config, np.random.default_rng(0), tmp_path / "out", Form(dtype, 1))
+    checkpoint = open_checkpoint(tmp_path / "out")
+    (file,) = checkpoint.maps
+    os.truncate(file, file.stat().st_size - 1)  # its last page is still there
+    with pytest.raises(InputError, match="it was cut while it was in use"):
+        checkpoint.get("model.norm.weight", (config.hidden_size,))
+    with pytest.raises(InputError, match="it was cut while it was in use"):
+        checkpoint.weights()

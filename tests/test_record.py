@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 import minstep
 from minstep import attention, files, linear, moe
+from minstep.bf16 import BF16Array
 from minstep.lab import parts, trace
 from minstep.lab import record as lab_record
 from minstep.lab.choice import names_of
@@ -26,6 +28,7 @@ from minstep.lab.parts import open_parts
 from minstep.lab.record import plan, record_file
 from minstep.lab.trace import Recorder, stages
 from tests.conftest import GOLDEN, Refused, Run
+from tests.recordings import save
 
 FOLDERS = [GOLDEN / name / "bf16" for name in ("tiny", "odd", "no_extras", "drafts")]
 TINY = FOLDERS[0]  # layers 0 and 1 are dense, 2 to 7 have experts, 8 to 10 are MTP layers
@@ -637,6 +640,70 @@ def test_a_journal_that_is_damaged_within_is_refused(
     journal.write_text(json.dumps(run))
     naming = (f"{journal.parent}/", f"remove {journal.parent} to begin again")
     refused("record", *GIVEN, "--out", begun, naming=naming)
+    assert not begun.exists()
+
+
+def _forged(folder: Path, name: str, tensors: dict[str, Any]) -> int:
+    """Write one of the parts anew; returns its checksum."""
+    file = folder / name
+    save(tensors, file)
+    return zlib.crc32(file.read_bytes())
+
+
+BF16 = BF16Array(np.zeros((8, 64), np.uint16))
+STATES = {
+    "wide": np.zeros((8, 65), np.float32),
+    "short": np.zeros((7, 64), np.float32),
+    "long": np.zeros((9, 64), np.float32),
+    "flat": np.zeros(64, np.float32),
+    "empty": np.zeros((0, 64), np.float32),
+    "batch": np.zeros((1, 8, 64), np.float32),
+    "one number": np.float32(0).reshape(()),
+    "whole numbers": np.zeros((8, 64), np.int64),
+    "other floats": np.zeros((8, 64), np.float64),
+    "half floats": BF16,
+    "infinite": np.full((8, 64), np.inf, np.float32),
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_state_that_the_next_stage_cannot_take_is_refused(
+    kind: str, begun: Path, refused: Refused
+) -> None:
+    folder = begun.parent / ".out.parts"
+    journal = json.loads((folder / "run.json").read_text())
+    journal["state"] = _forged(folder, "state-00004.safetensors", {"state": STATES[kind]})
+    (folder / "run.json").write_text(json.dumps(journal))
+    refused("record", *GIVEN, "--out", begun, naming=(f"remove {folder} to begin again",))
+    assert not begun.exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "count", "tensors"),
+    [
+        (2, 1, {}),
+        (2, 1, {"x": np.zeros(1)}),
+        (2, 1, None),  # another stage's
+        (4, 1, {"model.layers.3": BF16}),
+        (5, 3, {"x": np.zeros(1)}),
+        (5, 50, {}),
+    ],
+)
+def test_parts_that_no_stage_gives_are_refused(
+    first: int, count: int, tensors: Tensors | None, begun: Path, refused: Refused
+) -> None:
+    folder = begun.parent / ".out.parts"
+    journal = json.loads((folder / "run.json").read_text())
+    held = load_file(folder / "00003.safetensors") if tensors is None else tensors
+    for n in range(first, first + count):
+        journal["done"][n:] = [
+            _forged(folder, f"{n:05}.safetensors", held),
+            *journal["done"][n + 1 :],
+        ]
+    state = folder / "state-00004.safetensors"
+    state.rename(folder / f"state-{len(journal['done']) - 1:05}.safetensors")
+    (folder / "run.json").write_text(json.dumps(journal))
+    refused("record", *GIVEN, "--out", begun, naming=(f"{folder}: ", "to begin again"))
     assert not begun.exists()
 
 

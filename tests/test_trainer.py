@@ -1,5 +1,6 @@
 """The training loop's state: it learns, is decided by its arguments, and goes on bit for bit."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +8,18 @@ import numpy as np
 import pytest
 
 import minstep
+from minstep.bf16 import BF16Array
 from minstep.configs import find_config
 from minstep.files import InputError
 from minstep.train.bpe import train_tokenizer
 from minstep.train.data import encode_documents, read_corpus
 from minstep.train.log import read_log
-from minstep.train.saved import load_state, save_state
+from minstep.train.saved import STATE, load_state, save_state
 from minstep.train.schedule import rate_at
 from minstep.train.trainer import Plan, Training, initial_tensors
 from minstep.train.workers import Result, Workers, workers
 from minstep.weights import tensor_shapes
+from tests.recordings import save
 
 CONFIG = minstep.load_config(minstep.find_config("drafts"))
 STREAM = np.tile(np.array([3, 6, 5, 4, 3, 3, 6], np.int32), 60)
@@ -63,6 +66,33 @@ def test_a_run_that_is_restored_goes_on_bit_for_bit(tmp_path: Path) -> None:
     del state["model.norm.weight"]
     with pytest.raises(InputError, match=r"model\.norm\.weight is nothing"):
         again.restore(state)
+
+
+@pytest.mark.parametrize(
+    ("part", "spoil"),
+    [
+        ("model.norm.weight", lambda x: x.astype(np.float64)),
+        ("model.norm.weight", lambda x: x * np.float32("nan")),
+        ("model.norm.weight", lambda x: BF16Array(np.zeros(x.shape, np.uint16))),
+        ("optimizer.first.model.norm.weight", lambda x: x + np.float32("inf")),
+        ("optimizer.step", lambda x: x - 5),
+        ("done", lambda x: x - 9),
+        ("done", lambda x: x + 2**40),
+        ("done", lambda x: x.astype(np.float64)),
+        ("sums", lambda x: x.astype(np.int64)),
+        ("sums", lambda x: x - 9),
+        ("counts.model.layers.2.moe", lambda x: x - 1000),
+    ],
+)
+def test_a_state_that_no_run_leaves_is_refused(
+    part: str, spoil: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    state: dict[str, Any] = Training(CONFIG, PLAN, STREAM).state()
+    save(state | {part: spoil(state[part])}, tmp_path / STATE, facts={})
+    with pytest.raises(InputError, match=f"{part.split('.')[-1]}|bfloat16"):
+        Training(CONFIG, PLAN, STREAM).restore(load_state(tmp_path)[0])
+    save(state, tmp_path / STATE, facts={})
+    Training(CONFIG, PLAN, STREAM).restore(load_state(tmp_path)[0])
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.04])

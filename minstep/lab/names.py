@@ -113,6 +113,11 @@ def is_weight(name: str) -> bool:
     return name.endswith((".weight", ".bias", ".router_bias"))
 
 
+def is_known(name: str) -> bool:
+    """Whether `name` is one of our activations, or a weight of a module of ours."""
+    return axes(re.sub(r"\.(?:weight|bias|router_bias)$", "", name)) is not None
+
+
 def axes(name: str) -> int | None:
     """How many axes our activation `name` has; None for a weight and for an unknown name."""
     layer, part = split(name)

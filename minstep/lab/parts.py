@@ -38,6 +38,16 @@ LONGEST_NAME = 200  # bytes; file systems allow 255, some fewer
 PIECE = 1 << 20  # bytes copied or read at a time
 JOURNAL, LOCK, WHOLE = "run.json", "lock", "whole.safetensors"
 PART, STATE = "{:05}.safetensors", "state-{:05}.safetensors"  # of the stages, from 0
+# What a damaged journal or state raises; a dtype that NumPy lacks is an AttributeError.
+DAMAGES = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RecursionError,
+    OSError,
+    SafetensorError,
+)
 # What may be removed: these, and what atomic_file had not renamed.
 NAMES = r"(((state-)?\d{5,}|whole)\.safetensors|run\.json)"
 OURS = re.compile(rf"{NAMES}|{re.escape(TEMPORARY)}\w+")
@@ -62,6 +72,10 @@ class Parts:
         """How many stages are finished."""
         return len(self._run["done"])
 
+    def tensors(self) -> list[dict[str, Tensor]]:
+        """What is kept of each finished stage."""
+        return [read_header(self.folder / PART.format(n)) for n in range(self.done)]
+
     def add(self, tensors: Trace, state: Array) -> None:
         """Keep what the next stage computed, and the state [T, D] after it.
 
@@ -77,9 +91,7 @@ class Parts:
 
     def finish(self, out: Path, order: list[str], metadata: dict[str, str]) -> None:
         """Put all tensors into one file at `out`, a piece at a time, and forget the parts."""
-        found: dict[str, Tensor] = {}
-        for n in range(self.done):
-            found |= read_header(self.folder / PART.format(n))
+        found = {name: tensor for part in self.tensors() for name, tensor in part.items()}
         tensors = {n: Data(found[n].dtype, found[n].shape, _pieces(found[n])) for n in order}
         with _naming(out):
             try:
@@ -117,7 +129,7 @@ class Parts:
             sums[after] = run["state"]
             damaged = [] if other else [f for f, crc in sums.items() if _checksum(f) != crc]
             state = None if other or damaged else load_file(after)["state"]  # [T, D]
-        except (KeyError, TypeError, ValueError, RecursionError, OSError, SafetensorError) as error:
+        except DAMAGES as error:
             raise InputError(f"{journal}: is not as record left it ({error}), {again}") from error
         if other:
             message = f"belongs to another recording ({other})"

@@ -20,6 +20,7 @@ from minstep.checkpoint import Checkpoint
 from minstep.config import Config
 from minstep.files import InputError, read_file
 from minstep.generate import check_prompt
+from minstep.header import CODES
 from minstep.keys import MAX_JSON
 from minstep.lab.choice import before, choose
 from minstep.lab.facts import metadata
@@ -30,6 +31,7 @@ from minstep.lab.shards import EMBEDDING_WEIGHT, needs, some_weights
 from minstep.lab.trace import HEAD, Recorder, Stage, Trace, described, finite, stages, walk
 from minstep.tap import Array
 from minstep.terminal import Progress
+from minstep.validation import flaw
 
 EXPERTS = re.compile(r"\.moe\.(gate|up|down)_proj\.weight")
 
@@ -151,12 +153,14 @@ def record_file(job: Job, out: Path, tell: Callable[[str], None]) -> None:
 
     What is done lies beside it until then: the same job goes on from there, which `tell` is told.
     The file is the same, however often the work was interrupted. Raises InputError as open_parts
-    does, for an `out` that is the job's own source, and where a tensor is not finite.
+    does, for an `out` that is the job's own source, for parts that the job's stages do not give,
+    and where a tensor is not finite.
     """
     if job.source and out.exists() and os.path.samefile(job.source, out):
         raise InputError(f"--out {out}: is the file of --input, expected another one")
     order = [stage.name for stage in job.stages]
     with open_parts(out, job.identity()) as parts:
+        _check_parts(job, parts)
         if parts.done:
             tell(f"resuming after {order[parts.done - 1]}")
         try:
@@ -166,6 +170,30 @@ def record_file(job: Job, out: Path, tell: Callable[[str], None]) -> None:
             if parts.done:
                 tell(f"stopped after {order[parts.done - 1]}: the same command goes on from there")
             raise
+
+
+def _check_parts(job: Job, parts: Parts) -> None:
+    """Raise InputError unless the parts are of the job's first stages, and the state goes on."""
+    state = parts.state  # [T, D], None before the first stage
+    if state is None:
+        return
+    done, dtype = [*job.stages][: parts.done], np.dtype(job.dtype)
+    every, config = stages(job.checkpoint.config, len(job.tokens)), job.checkpoint.config
+    again = f"remove {parts.folder} to begin again"
+    if len(done) < parts.done:
+        message = f"has {parts.done} stages, expected at most {len(done)}"
+        raise InputError(f"{parts.folder}: {message}: {again}")
+    for stage, tensors in zip(done, parts.tensors(), strict=True):
+        are_same = tensors.keys() == {name for name in job.names if stage.has(name)}
+        if not are_same or not {x.dtype for x in tensors.values()} <= {CODES[dtype.name], "I64"}:
+            message = f"does not hold what is recorded of {stage.name}"
+            raise InputError(f"{parts.folder}: {message}: {again}")
+    most, D = len(job.tokens), config.hidden_size
+    least = most - max(0, every.index(done[-1]) - len(config.layers))  # as in _recorded
+    is_state = state.ndim == 2 and state.shape[1] == D and least <= len(state) <= most
+    if not is_state or state.dtype != dtype or flaw(state):
+        message = f"its state is not finite {dtype} [{most}, {D}], as after {done[-1].name}"
+        raise InputError(f"{parts.folder}: {message}: {again}")
 
 
 def _metadata(job: Job) -> dict[str, str]:

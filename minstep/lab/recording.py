@@ -20,7 +20,15 @@ from minstep.files import InputError, shown
 from minstep.header import open_header
 from minstep.keys import MAX_INTEGER, strict_json
 from minstep.lab.forms import Term, stored_forms
-from minstep.lab.names import HEADS, axes, in_model_order, is_weight, mtp_layers, split
+from minstep.lab.names import (
+    HEADS,
+    axes,
+    in_model_order,
+    is_known,
+    is_weight,
+    mtp_layers,
+    split,
+)
 from minstep.pages import DONTNEED, Map, Pages
 from minstep.tap import Array
 from minstep.validation import NotFinite, flaw
@@ -129,6 +137,11 @@ class Recording:
         except NotFinite:
             return None
 
+    def check_file(self) -> None:
+        """Raise InputError where the file has become shorter since it was opened."""
+        if self._mapped is not None:
+            self._mapped.check()
+
     def _check_shape(self, what: str, one: tuple[int, ...], other: tuple[int, ...]) -> None:
         if one != other:
             message = f"has parts of shape {list(one)} and {list(other)}, expected the same"
@@ -168,8 +181,7 @@ class Recording:
 
     def _read(self, name: str, term: Term) -> Array:
         """A copy of what a term takes, scaled."""
-        if self._mapped is not None:
-            self._mapped.check()
+        self.check_file()
         stored = self._part(name, term)
         is_short = isinstance(stored, BF16Array) or stored.dtype == np.float16
         x = np.array(stored, dtype=np.float32 if is_short else None)
@@ -270,9 +282,9 @@ def _experts(recordings: Iterable[Recording], config: Config | None) -> dict[int
 
 def _wrong(recording: Recording, name: str, stored: Stored, experts: int) -> str | None:
     """What is wrong with the form of a tensor, and what was expected; None where nothing is."""
-    expected = axes(name)
-    if expected is None and not is_weight(name):
+    if not is_known(name):
         return None
+    expected = axes(name)  # None for a weight
     shape, dtype, part = stored.shape, _dtype(stored), split(name)[1]
     is_ids = part == "moe.ids"
     of_experts = f"expected 0 to {experts - 1}, ids of experts as integers"
@@ -297,6 +309,7 @@ def _wrong(recording: Recording, name: str, stored: Stored, experts: int) -> str
     if part == "moe.gate" and shape[-1] > MOST_EXPERTS:
         return f"has shape {list(shape)}, expected logits of at most {MOST_EXPERTS} experts"
     if is_ids:
+        recording.check_file()
         x = np.asarray(stored)
         if x.min() < 0 or x.max() >= experts:
             return f"holds {x.min()} to {x.max()}, {of_experts}"

@@ -129,7 +129,7 @@ class Optimizer:
         """Go on from a `state`, bit for bit; other names in it are left alone.
 
         Raises InputError, with nothing changed, for one that is missing or of another shape or
-        dtype.
+        dtype, and for a negative number of steps.
         """
         expected = {"step": np.zeros((), np.int64), **self._moments}
         for name, moment in expected.items():
@@ -140,6 +140,8 @@ class Optimizer:
             if found.shape != moment.shape or found.dtype != moment.dtype:
                 is_now = f"{found.dtype} {list(found.shape)}"
                 raise InputError(f"the optimizer's {name} is {is_now}, {want}")
+        if state["step"] < 0:
+            raise InputError(f"the optimizer's step is {state['step']}, expected 0 or more")
         self.steps = int(state["step"])
         for name, moment in self._moments.items():
             moment[...] = state[name]

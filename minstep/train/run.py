@@ -73,8 +73,11 @@ def _prepared(args: Namespace, plan: Plan, raw: dict[str, Any], config: Config) 
     rows: list[Row] = []
     if args.resume:
         _check_facts(folder / STATE, facts, its_facts)
-        training.restore(state)
-        rows = [Row(step, tuple(losses), *others) for step, losses, *others in facts["rows"]]
+        try:
+            training.restore(state)
+        except InputError as error:
+            raise InputError(f"{folder / STATE}: {error}") from error
+        rows = read_rows(folder / STATE, facts, config)
     every = Every(args.log_every, args.check_every, args.save_every)
     return Run(training, text, folder, rows, its_facts, every)
 
@@ -113,6 +116,27 @@ def _check_facts(file: Path, facts: dict[str, Any], expected: dict[str, Any]) ->
     for name in ("config", "text"):
         if facts.get(name) != expected[name]:
             raise InputError(f"{file}: was begun with another {name}, expected the same")
+
+
+def read_rows(file: Path, facts: dict[str, Any], config: Config) -> list[Row]:
+    """The rows of the log so far. Raises InputError unless they are as Run.save wrote them.
+
+    Checked by: tests/test_train.py
+    """
+    try:
+        rows = [Row(step, tuple(losses), *others) for step, losses, *others in facts["rows"]]
+        depths = {len(row.losses) - 1 for row in rows}
+        numbers = [x for row in rows for x in (row.step, *row.losses, row.rate, row.norm)]
+        numbers += [row.held_out for row in rows if row.held_out is not None]
+        loads = [load for row in rows for load in (row.least, row.most)]  # nan without experts
+        are_good = all(map(math.isfinite, numbers)) and not any(map(math.isinf, loads))
+        are_good &= depths <= {len(config.mtp_layers)}
+    except (KeyError, TypeError, ValueError, OverflowError):
+        are_good = False
+    if not are_good:
+        message = "its rows are not those of the log, expected what an unfinished run leaves"
+        raise InputError(f"{file}: is damaged: {message}")
+    return rows
 
 
 class Run:

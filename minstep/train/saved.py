@@ -13,8 +13,11 @@ from minstep.bf16 import to_bf16
 from minstep.files import InputError, atomic_file, open_file, os_reason
 from minstep.header import Data, write_tensors
 from minstep.tap import Array
+from minstep.validation import flaw
 
 STATE = "training.state"  # a safetensors file; the ending keeps it apart from a model's tensors
+# What a damaged file raises; a dtype that NumPy lacks is a TypeError or an AttributeError.
+DAMAGES = (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError)
 
 
 def save_checkpoint(
@@ -53,7 +56,7 @@ def save_state(folder: Path, state: dict[str, Array], facts: dict[str, Any]) -> 
 
 
 def load_state(folder: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """What save_state wrote. Raises InputError where it is missing or damaged."""
+    """What save_state wrote, all of it finite. Raises InputError where it is missing or damaged."""
     file = folder / STATE
     if not os.path.exists(file):
         raise InputError(f"{file}: is missing, expected what an unfinished run leaves")
@@ -63,8 +66,12 @@ def load_state(folder: Path) -> tuple[dict[str, Array], dict[str, Any]]:
             facts = json.loads((opened.metadata() or {})["facts"])
             if not isinstance(facts, dict) or not isinstance(facts.get("plan", {}), dict):
                 raise ValueError("its facts are no object with a plan")
-            return {name: opened.get_tensor(name) for name in opened.keys()}, facts
-    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
+            state = {name: opened.get_tensor(name) for name in opened.keys()}
+        for name, x in state.items():
+            if what := flaw(x):
+                raise ValueError(f"{name} {what}")
+        return state, facts
+    except DAMAGES as error:
         message = f"is damaged: {error}, expected what an unfinished run leaves"
         raise InputError(f"{file}: {message}") from error
     except OSError as error:

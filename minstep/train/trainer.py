@@ -103,13 +103,25 @@ class Training:
         return state | {"sums": self.sums, "done": np.array([self.done], np.int64)}
 
     def restore(self, state: Tensors) -> None:
-        """Go on from a state. Raises InputError where a tensor is missing or has another shape."""
+        """Go on from a state.
+
+        Raises InputError where a tensor is missing or has another shape or dtype than here, and for
+        numbers of steps or of tokens that there cannot be.
+        """
         for name, here in self.state().items():
             if name.startswith("optimizer."):
                 continue
-            if name not in state or state[name].shape != here.shape:
-                found = list(state[name].shape) if name in state else "nothing"
-                raise InputError(f"{name} is {found}, expected {list(here.shape)} by the config")
+            x = state.get(name)
+            if x is None or (x.shape, x.dtype) != (here.shape, here.dtype):
+                found = "nothing" if x is None else f"{x.dtype} {list(x.shape)}"
+                expected = f"expected {here.dtype} {list(here.shape)} by the config"
+                raise InputError(f"{name} is {found}, {expected}")
+            is_count = name.startswith("counts.") or name == "done"
+            if (is_count and x.min() < 0) or (name == "sums" and x[0] < 0):
+                raise InputError(f"{name} holds {x.min()}, expected counts of 0 or more")
+        if state["done"][0] > self.plan.steps:
+            found = f"done is {state['done'][0]}"
+            raise InputError(f"{found}, expected at most the run's {self.plan.steps} steps")
         self.tensors = {name: state[name].copy() for name in self.tensors}
         self.counts = {name: state[f"counts.{name}"] for name in self.counts}
         self.sums, self.done = state["sums"], int(state["done"][0])
