@@ -23,11 +23,17 @@ from typing import Any, NamedTuple
 TOP = Path(__file__).parent.parent
 RELEASED = TOP / "tiny_configs" / "step-3.5-flash" / "config.json"
 SMALL = 20
-NUMBER = re.compile(
-    r"(?<![\w.,/#])(?<!\D-)((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e-?\d+)?)"
-    r"( ?(?:[kMGT]?B|%|x|[mu]?s)(?!\w))?"
+UNITS = (
+    r"%|x|×|[num]?s|µs|h|[kKMGT]?B|[KMGT]iB|[kMGTP]?FLOP(?:s|S|/s)?|[kMG]?Hz|W|[kKMGT]|times|"
+    r"percent|bytes?|(?:milli|micro)?seconds?|minutes?|hours?|days?|weeks?|thousand|million|"
+    r"billion|trillion|dollars?|cents?|(?:tokens|steps|passes)(?:/s| a second)"
 )
-NAME = re.compile(r"\b(?:Step|Llama|Python|NumPy|torch|transformers) \d[\d.]*\b")
+NUMBER = re.compile(
+    r"(?<![\w.,/#])(?<![^\W\d]-)(?P<money>[$€])?"
+    r"(?P<number>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e-?\d+|\^-?\d+|[⁻⁰¹²³⁴-⁹]+)?)"
+    rf"(?P<unit>[ -]?(?:{UNITS})(?!\w))?"
+)
+NAME = re.compile(r"\b(?:Step 3\.5|Llama \d|(?:Python|NumPy|torch|transformers) \d\.[\d.]+)\b")
 MEASURED = re.compile(r"\b[Mm]easured\son\s\d{4}-\d\d-\d\d\son\s[^`]+\sby\s`[^`]+`")
 WEB = re.compile(r"https?://|\barXiv \d{4}\.\d{5}\b")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
@@ -35,7 +41,7 @@ NOTE = re.compile(r"\[\^(\w+)\]")
 ITEM = re.compile(r"^ *(?:[-*]|\d+\.) ", re.M)
 END = re.compile(r"(?<=[.!?])((?:\[\^\w+\])?)\s+(?=[^a-z\s])")
 MADE = re.compile(r"<!-- (?:quote|run|run-held-out) ")
-COMMANDS = ("sh", "console", "python")  # what they have in numbers are arguments
+COMMANDS = ("sh", "python")  # but for comments, what they have in numbers are arguments
 
 
 class Piece(NamedTuple):
@@ -76,20 +82,21 @@ def pieces(text: str) -> Iterator[Piece]:
 def plain(number: str) -> str:
     """A number without the commas between thousands and zeros at the end."""
     number = number.replace(",", "")
-    return number.rstrip("0").rstrip(".") if "." in number and "e" not in number else number
+    is_decimal = re.fullmatch(r"\d+\.\d+", number)
+    return number.rstrip("0").rstrip(".") if is_decimal else number
 
 
 def numbers(text: str) -> set[str]:
     """All numbers in a text."""
-    return {plain(found[1]) for found in NUMBER.finditer(text)}
+    return {plain(found["number"]) for found in NUMBER.finditer(text)}
 
 
 def claimed(text: str) -> set[str]:
     """The numbers in a text that are no counts at a glance, and with no unit none of the config."""
     text = re.sub(r"https?://\S+|arXiv [\d.]+|\d{4}-\d\d-\d\d", "", LINK.sub("]", text))
     text = NAME.sub("", text)
-    found = {(plain(number[1]), number[2]) for number in NUMBER.finditer(text)}
     is_free = released() | {str(n) for n in range(SMALL + 1)}
+    found = ((plain(n["number"]), n["money"] or n["unit"]) for n in NUMBER.finditer(text))
     return {n for n, unit in found if unit or n not in is_free}
 
 
@@ -123,7 +130,15 @@ def shown(file: Path) -> set[str]:
 
 
 def sentences(piece: Piece) -> Iterator[str]:
-    """The sentences of a paragraph, of each item of a list, the rows of a table, or a block."""
+    """The sentences of a paragraph, of each item of a list, the rows of a table, or a block: of
+    code its comments, of a console what it printed.
+    """
+    if piece.language in COMMANDS:
+        yield from re.findall(r"(?:^|\s)#\s.*", piece.text)
+        return
+    if piece.language == "console":
+        yield "\n".join(line for line in piece.text.splitlines() if not line.startswith("$ "))
+        return
     if piece.language is not None:
         yield piece.text
         return
@@ -151,7 +166,7 @@ def unfounded(text: str, known: set[str], folder: Path) -> list[str]:
     notes = dict(re.findall(r"^\[\^(\w+)\]: (.+?)(?=\n\[\^|\n\n|\Z)", text, re.M | re.S))
     found = []
     for piece in pieces(text):
-        if piece.is_made or piece.language in COMMANDS or piece.is_measured():
+        if piece.is_made or piece.is_measured():
             continue
         for sentence in sentences(piece):
             whole = sentence + "".join(notes.get(name, "") for name in NOTE.findall(sentence))

@@ -13,6 +13,8 @@ from minstep.configs import read_config
 from minstep.files import InputError
 from minstep.train.run import read_rows
 from minstep.train.saved import STATE
+from minstep.train.trainer import Training
+from minstep.train.workers import WorkerEnded, Workers
 from tests.conftest import Refused, Run
 
 LINES = (f"Line {n} tells of the number {n * n}, which is {n} times {n}.\n\n" for n in range(400))
@@ -76,6 +78,28 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     for name in FILES:
         if name != "loads.svg":
             assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_a_signal_that_ends_the_processes_too_saves_what_was_done(
+    text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken, step = tmp_path / "whole", tmp_path / "broken", Training.step
+    ends = {0: signal.SIGTERM, 3: signal.SIGHUP}  # the first at once, the second in the middle
+
+    def ended(training: Training, pool: Workers) -> None:
+        if number := ends.pop(training.done, None):
+            signal.raise_signal(number)
+            raise WorkerEnded("a process was ended")
+        step(training, pool)
+
+    assert run(*flags(text, whole, steps=6)).code == 0
+    monkeypatch.setattr(Training, "step", ended)
+    for more, code, done in (((), 143, 0), (("--resume",), 129, 3)):
+        ran = run(*flags(text, broken, *more, steps=6))
+        assert ran.code == code and f"saved after step {done} of 6" in ran.err
+    assert run(*flags(text, broken, "--resume", steps=6)).code == 0
+    assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")

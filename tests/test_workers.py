@@ -1,5 +1,7 @@
 """Sequences shared out to processes: the same sums whoever computes them."""
 
+from multiprocessing import active_children
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ import minstep
 from minstep.train.balance import Counter
 from minstep.train.loss import objective
 from minstep.train.trainer import initial_tensors
-from minstep.train.workers import SHARE, Workers, share, workers
+from minstep.train.workers import SHARE, WorkerEnded, Workers, share, workers
 from minstep.weights import assemble
 
 CONFIG = minstep.load_config(minstep.find_config("drafts"))
@@ -24,6 +26,17 @@ def test_any_number_of_processes_gives_the_same_bits() -> None:
         assert np.array_equal(gradient, shared.gradients[name]), name
     for name, count in alone.counts.items():
         assert np.array_equal(count, shared.counts[name])
+
+
+def test_a_process_that_was_ended_is_told_of_in_each_sum_from_then_on() -> None:
+    with workers(2) as pool:
+        pool.sum(TOKENS, TENSORS, CONFIG, 0.3)
+        process = active_children()[0]
+        process.kill()
+        process.join()
+        for _ in range(2):
+            with pytest.raises(WorkerEnded, match="fewer --processes"):
+                pool.sum(TOKENS, TENSORS, CONFIG, 0.3)
 
 
 def test_a_share_is_the_sum_over_its_sequences(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from minstep.train.evaluate import bits_per_byte
 from minstep.train.log import Row, header, line
 from minstep.train.saved import STATE, load_state, save_checkpoint, save_state, write_text
 from minstep.train.trainer import Plan, Training
-from minstep.train.workers import SHARE, Workers, workers
+from minstep.train.workers import SHARE, WorkerEnded, Workers, workers
 from minstep.weights import assemble
 
 
@@ -164,23 +164,32 @@ class Run:
         print_text(*self.head)
         with Progress("training", steps, "steps") as bar:
             while training.done < steps:
-                training.step(pool)
+                try:
+                    training.step(pool)
+                except WorkerEnded:
+                    if not asked:
+                        raise
+                    self._stop(asked[0], bar)  # a signal to all processes has ended that one too
                 done = training.done
                 is_last = done == steps
                 if done % self.every.row == 0 or is_last:
                     self._note(is_last or done % self.every.check == 0, bar)
                 bar(done)
                 if asked:
-                    self.save()
-                    bar.erase()
-                    message = f"saved after step {done} of {steps}: --resume goes on from there"
-                    with suppress(OSError):  # after SIGHUP there is no terminal
-                        note(f"minstep: {message}")
-                    signal.raise_signal(asked[0])
+                    self._stop(asked[0], bar)
                 elif done % self.every.save == 0 and not is_last:
                     self.save()
         self.save()
         (self.folder / STATE).unlink(missing_ok=True)
+
+    def _stop(self, asked: signal.Signals, bar: Progress) -> None:
+        """Save, and raise the signal again that asked for it."""
+        self.save()
+        bar.erase()
+        done, steps = self.training.done, self.training.plan.steps
+        with suppress(OSError):  # after SIGHUP there is no terminal
+            note(f"minstep: saved after step {done} of {steps}: --resume goes on from there")
+        signal.raise_signal(asked)
 
     def _note(self, measures: bool, bar: Progress) -> None:
         """Add a row to the log, and print it."""

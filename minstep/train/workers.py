@@ -77,6 +77,10 @@ def added(a: Result, b: Result) -> Result:
     return Result(a.losses + b.losses, gradients, counts)
 
 
+class WorkerEnded(InputError):
+    """A process that computes gradients was ended from outside; nothing has been changed."""
+
+
 class Workers:
     """Runs shares in other processes, or in this one where there is only one."""
 
@@ -88,17 +92,14 @@ class Workers:
     ) -> Result:
         """The sum over `sequences` [N, T]: the same bits for any number of processes.
 
-        Raises InputError where a process has ended.
+        Raises WorkerEnded where a process has ended, now or since the last sum.
         """
         parts = [sequences[n : n + SHARE] for n in range(0, len(sequences), SHARE)]
-        results: Iterator[Result] = self._map(
-            share, parts, repeat(tensors), repeat(config), repeat(mtp_weight)
-        )
-        try:
+        with _refusing_without_a_process():
+            results: Iterator[Result] = self._map(
+                share, parts, repeat(tensors), repeat(config), repeat(mtp_weight)
+            )
             return reduce(added, results)
-        except BrokenProcessPool as error:
-            message = "a process that computes gradients was ended, expected memory for it"
-            raise InputError(f"{message} (fewer --processes need less)") from error
 
 
 @contextmanager
@@ -127,12 +128,22 @@ def _begun(count: int) -> Executor:
     try:
         # Not forked: this process has threads.
         executor = ProcessPoolExecutor(count, get_context("spawn"), _start)
-        for _ in range(count):
-            executor.submit(int)
+        with _refusing_without_a_process():
+            for _ in range(count):
+                executor.submit(int)
         return executor
     finally:
         if is_posix:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _refusing_without_a_process() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        message = "a process that computes gradients was ended, expected memory for it"
+        raise WorkerEnded(f"{message} (fewer --processes need less)") from error
 
 
 def _of_a_terminal() -> list[signal.Signals]:
