@@ -105,10 +105,13 @@ class Prompt(str):
         return "".join(self[begin:end] for begin, end in zip(begins, ends, strict=True))
 
     def place(self, begin: int, end: int) -> str:
-        """The place of what the template has not written of a stretch; empty without any."""
-        n = bisect_right(self.contents, begin, key=itemgetter(1))  # that ends behind `begin`
-        is_inside = n < len(self.contents) and self.contents[n][0] < end
-        return self.contents[n][2] if is_inside else ""
+        """Which message or tool the text from `begin` to `end` is from; empty for the template's.
+
+        Where it is from several, the first.
+        """
+        n = bisect_right(self.contents, begin, key=itemgetter(1))  # the first that ends behind it
+        overlaps = n < len(self.contents) and self.contents[n][0] < end
+        return self.contents[n][2] if overlaps else ""
 
     def foreign(self, tokens: Iterable[str]) -> list[tuple[int, int, str]]:
         """Where `tokens` stand that the template has not written: begin, end, place; in order.
@@ -120,7 +123,8 @@ class Prompt(str):
             at = self.find(token)
             while at >= 0:
                 end = at + len(token)
-                found += [(at, end, place) for place in [self.place(at, end)] if place]
+                if place := self.place(at, end):
+                    found.append((at, end, place))
                 at = self.find(token, at + 1)
         return sorted(found)
 

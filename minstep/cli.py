@@ -228,9 +228,10 @@ def _decoding_flags(
 
 
 def _special_tokens_flag(add: argparse.ArgumentParser, where: str) -> None:
-    """What becomes of special tokens that messages spell."""
+    """What becomes of special tokens that stand in messages."""
     choices = get_args(SpecialTokens)
-    text = f"those that {where}: tokens as in the released template, plain text, or an error"
+    text = f"keep special tokens that {where}, as the released template does, "
+    text += "take them for plain text, or refuse them (released)"
     add.add_argument("--special-tokens", choices=choices, default=choices[0], help=text)
 
 
@@ -240,7 +241,7 @@ def _generate_flags(add: argparse.ArgumentParser) -> None:
     add_prompt(add).add_argument("--chat-messages", type=path, metavar="FILE.json", help=messages)
     tools = "what the model may call, as a JSON array; with --chat-messages"
     add.add_argument("--tools", type=path, metavar="FILE.json", help=tools)
-    _special_tokens_flag(add, "--chat-messages and --tools spell")
+    _special_tokens_flag(add, "stand in --chat-messages and --tools")
     _decoding_flags(add, temp=0.0, top_p=1.0, most=100, told="100")
     logs = "log-probabilities of each token and of the N likeliest"
     add.add_argument("--logprobs", type=at_least(0), default=0, metavar="N", help=logs)
@@ -276,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--system", "--system-prompt", metavar="TEXT", help=text)
     tools = "what the model may call, as a JSON array"
     add.add_argument("--tools", type=path, metavar="FILE.json", help=tools)
-    _special_tokens_flag(add, "messages spell")
+    _special_tokens_flag(add, "stand in messages")
     text = "show answers without the thinking before them"
     add.add_argument("--hide-thinking", action="store_true", help=text)
     most = f"{commands.ANSWER}; {commands.PIECE} where the model only continues a text"

@@ -14,10 +14,13 @@ from minstep.patterns import check_pattern
 LARGEST = 40 << 20  # bytes of a file; the released one has about 8 MB
 MOST_CONTAINERS = 2_000_000  # lists and objects in it: each merge may be one
 MOST_ADDED = 30_000  # the oldest allowed package takes their square in time
+MOST_ADDED_CHARACTERS = 1_000_000  # of them all: the package may normalize and index each
 MOST_COMPONENTS = 50  # of one part
 MOST_GROWTH = 200  # how many times longer a text may become
-LONGEST_TOKEN, LONGEST_PIECE = 1000, 128  # characters; a Unigram tries all lengths at each place
+LONGEST_TOKEN = 4096  # characters; Claude's has 1024 spaces
+LONGEST_PIECE, LONGEST_WORD = 128, 1000  # a Unigram, a WordPiece try all lengths at each place
 LONGEST_TEXT = 100  # characters that stand for others
+LONGEST_COMPONENT = 50_000  # characters as JSON: some look for a text of theirs at each token
 LONGEST_TEMPLATE = 100  # special tokens around a text
 
 # The kinds of component that any text passes through unharmed, once `_check_component` has looked.
@@ -95,11 +98,15 @@ def _check(raw: dict[str, Any]) -> None:
         raise InputError("model: dropout encodes a text otherwise each time, expected none")
     if "merges" in model and model.get("continuing_subword_prefix"):
         raise InputError("model: continuing_subword_prefix with merges, expected none")
-    if not 0 <= model.get("max_input_chars_per_word", 0) <= LONGEST_TOKEN:
-        raise InputError(f"model: max_input_chars_per_word, expected at most {LONGEST_TOKEN}")
+    if not 0 <= model.get("max_input_chars_per_word", 0) <= LONGEST_WORD:
+        raise InputError(f"model: max_input_chars_per_word, expected at most {LONGEST_WORD}")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
+        _limit(model.get(key) or "", LONGEST_TEXT, f"model: {key}")
     vocabulary, added = model.get("vocab", {}), raw.get("added_tokens", [])
     if len(added) > MOST_ADDED:
         raise InputError(f"added_tokens: {len(added)}, expected at most {MOST_ADDED}")
+    if sum(len(token["content"]) for token in added) > MOST_ADDED_CHARACTERS:
+        raise InputError(f"added_tokens: more than {MOST_ADDED_CHARACTERS:,} characters")
     tokens = vocabulary if isinstance(vocabulary, dict) else [token for token, _ in vocabulary]
     most = LONGEST_TOKEN if isinstance(vocabulary, dict) else LONGEST_PIECE
     longest = max(map(len, (*tokens, *(token["content"] for token in added))), default=0)
@@ -127,6 +134,8 @@ def _components(component: Any, part: str) -> list[dict[str, Any]]:
 def _check_component(component: dict[str, Any], part: str) -> float:
     """Refuse a component that could do harm; how many times longer it may make a text."""
     kind, place = component["type"], f"{part}: {component['type']}"
+    if kind != "Sequence" and len(json.dumps(component)) > LONGEST_COMPONENT:
+        raise InputError(f"{place}: more than {LONGEST_COMPONENT:,} characters")
     pattern, least = component.get("pattern"), 1
     if isinstance(pattern, dict):
         least = len(pattern.get("String", " "))  # characters that it takes wherever it matches

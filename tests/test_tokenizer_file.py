@@ -144,6 +144,13 @@ def test_an_ordinary_tokenizer_loads_and_encodes_as_the_package_alone(
     assert loaded.decode(encode(loaded, TEXT)) == expected.decode(expected.encode(TEXT).ids)
 
 
+def test_a_token_of_a_thousand_spaces_is_ordinary(tmp_path: Path) -> None:
+    spaces = added(" " * 1024, 2000, special=False)
+    loaded = load_tokenizer(written(step(added_tokens=[spaces]), tmp_path))
+    number = loaded.token_to_id(" " * 1024) if loaded else None
+    assert loaded and encode(loaded, " " * 2048)[1:] == [number, number]
+
+
 @pytest.mark.parametrize("pattern", ORDINARY_PATTERNS)
 def test_the_patterns_of_ordinary_tokenizers_are_taken(pattern: str) -> None:
     assert check_pattern(pattern, "pattern") == 1
@@ -199,6 +206,9 @@ HOSTILE: dict[str, Callable[[], Any]] = {
     "many added tokens": lambda: step(
         added_tokens=[added(f"<{n}>", 2000 + n) for n in range(MOST_ADDED + 1)]
     ),
+    "long added tokens": lambda: step(
+        added_tokens=[added(f"{n}" + "x" * 900, 2000 + n) for n in range(2000)]
+    ),
     "a long added token": lambda: step(added_tokens=[added("x" * 10**6, 2000)]),
     "an added token that the normalizer takes away": lambda: step(
         added_tokens=[added("<A>", 2000, normalized=True)],
@@ -235,6 +245,17 @@ HOSTILE: dict[str, Callable[[], Any]] = {
     "a long beginning": lambda: step(normalizer={"type": "Prepend", "prepend": "x" * 10**6}),
     "an empty beginning": lambda: step(normalizer={"type": "Prepend", "prepend": ""}),
     "a strip of more than there is": lambda: step(decoder={**STRIP, "stop": 10**9}),
+    "a long text to look for at each token": lambda: step(
+        decoder={"type": "CTC", "pad_token": "a" * 10**6, "word_delimiter_token": "|"}
+        | {"cleanup": True}
+    ),
+    "a long token around a text": lambda: step(
+        post_processor={"type": "BertProcessing", "sep": ["x" * 10**6, 1], "cls": ["y", 0]}
+    ),
+    "a long prefix of each word": lambda: model(
+        type="WordPiece", unk_token="a", continuing_subword_prefix="#" * 10**6
+    ),
+    "a long end of each word": lambda: model(end_of_word_suffix="x" * 10**6),
     "pieces of length 0": lambda: step(pre_tokenizer={"type": "FixedLength", "length": 0}),
     "a template without its token": lambda: step(
         post_processor={**template([X, A]), "special_tokens": {}}
