@@ -200,6 +200,9 @@ def owned_folder(folder: Path) -> Iterator[None]:
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            message = "cannot be written: it is a file, a device or a link to nothing"
+            raise InputError(f"{folder}: {message}, expected a folder") from error
         except (OSError, ValueError) as error:
             raise InputError(f"{folder}: cannot be written: {os_reason(error)}") from error
         with locked(folder / OWNED, folder):

@@ -203,6 +203,7 @@ def test_marks_of_the_roofline_are_intensities_of_passes() -> None:
         (("--acceptance", "x"), "expected shares from 0 to 1"),
         (("--tokens", "100"), "expected two numbers such as 2000,500"),
         (("--tokens", "0,5"), "expected a whole number of at least 1"),
+        (("--turns", "9" * 18), "997,500 tokens in all, expected at most the API's 262,144"),
         (("--turns", "1000"), "--turns 1000: 2,500,000 tokens in all, expected at most the API's"),
         (("--latency", "0"), "expected a number above 0"),
         (("--gpus", "0"), "expected a whole number of at least 1"),

@@ -254,6 +254,18 @@ def test_a_folder_goes_where_nothing_was_written(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["kept"]
 
 
+def test_what_is_there_and_no_folder_is_refused_as_such(tmp_path: Path) -> None:
+    out = {name: tmp_path / name for name in ("file", "pipe", "link", "circle")}
+    out["file"].touch()
+    os.mkfifo(out["pipe"])
+    out["link"].symlink_to("nothing")
+    out["circle"].symlink_to("circle")
+    for path in out.values():
+        with pytest.raises(InputError, match="expected a folder"), owned_folder(path):
+            pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(out)
+
+
 def test_a_system_without_locks_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "fcntl", None)
     with locked(tmp_path / "lock", tmp_path), locked(tmp_path / "lock", tmp_path):

@@ -128,6 +128,8 @@ def test_wrong_use_is_refused_before_the_work(text: Path, tmp_path: Path, refuse
     refused(*flags(file, tmp_path / "out"), naming=("too short",))
     refused(*flags(text, tmp_path / "new", "--resume"), naming=(STATE, "missing"))
     refused(*flags(text, tmp_path / "out", "--length", "4"), naming=("--length 4", "5 to 4096"))
+    for count in ("1000000", "9" * 18):
+        refused(*flags(text, tmp_path / "out", "--sequences", count), naming=("--sequences", count))
     refused(*flags(text, tmp_path / "out", "--config", "odd"), naming=("211", "261"))
     refused(*flags(text, tmp_path / "out", "--config", "nope"), naming=("nope",))
     file.write_bytes(b"\xff\xfe\x00")

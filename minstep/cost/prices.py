@@ -52,13 +52,13 @@ def conversation_report(count: int, new: int, output: int) -> dict[str, Any]:
 
     Raises InputError where the conversation or an answer is longer than the API allows.
     """
-    requests = turns(count, new, output)
     total = count * (new + output)
     if output > MOST_OUTPUT:
         raise InputError(f"--tokens: {output:,} of an answer, expected at most {MOST_OUTPUT:,}")
     if total > LONGEST:
         told = f"--turns {count}: {total:,} tokens in all"
         raise InputError(f"{told}, expected at most the API's {LONGEST:,}")
+    requests = turns(count, new, output)
     cached = price(requests)
     return {
         "turns": count,

@@ -26,8 +26,10 @@ from minstep.train.evaluate import bits_per_byte
 from minstep.train.log import Row, header, line
 from minstep.train.saved import STATE, load_state, save_checkpoint, save_state, write_text
 from minstep.train.trainer import Plan, Training
-from minstep.train.workers import SHARE, WorkerEnded, Workers, workers
+from minstep.train.workers import MOST_PROCESSES, SHARE, WorkerEnded, Workers, workers
 from minstep.weights import assemble
+
+MOST_TOKENS = 1 << 24  # of a step: their places alone take 8 bytes each, several times over
 
 
 class Text(NamedTuple):
@@ -51,10 +53,10 @@ def run_train(args: Namespace) -> None:
     raw, config, _ = read_config(args.config)
     plan = Plan(**{name: getattr(args, name) for name in Plan._fields})
     _check(plan, config)
-    shares = math.ceil(plan.sequences / SHARE)
+    processes = min(args.processes, math.ceil(plan.sequences / SHARE), MOST_PROCESSES)
     with owned_folder(args.out):
         run = _prepared(args, plan, raw, config)
-        with _asked_to_stop() as asked, workers(min(args.processes, shares)) as pool:
+        with _asked_to_stop() as asked, workers(processes) as pool:
             run.go(pool, asked)
 
 
@@ -87,6 +89,9 @@ def _check(plan: Plan, config: Config) -> None:
     most, least = config.max_positions, len(config.mtp_layers) + 2
     if not least <= plan.length <= most:
         raise InputError(f"--length {plan.length}: expected {least} to {most} for this model")
+    if plan.sequences * plan.length > MOST_TOKENS:
+        message = f"of {plan.length} tokens each, expected at most {MOST_TOKENS:,} tokens in a step"
+        raise InputError(f"--sequences {plan.sequences}: {message}")
 
 
 def _check_folder(folder: Path, resumes: bool) -> None:

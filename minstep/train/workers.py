@@ -28,6 +28,7 @@ from minstep.train.tape import Variable, backward
 from minstep.weights import assemble
 
 SHARE = 4  # sequences that one task sums up: the order of all sums, whoever computes them
+MOST_PROCESSES = 61  # that Windows can wait for
 Tensors = dict[str, Array]  # by hub name
 
 
