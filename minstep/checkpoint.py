@@ -232,6 +232,6 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise InputError(f"{index}: weight_map is missing, expected tensor names and their files")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or shard in ("", "..") or shard != Path(shard).name:
-            message = f"is {shard!r:.80}, expected the name of a file beside the index"
+            message = f"is {shown(repr(shard))}, expected the name of a file beside the index"
             raise InputError(f"{index}: weight_map: {shown(name)} {message}")
     return weight_map
