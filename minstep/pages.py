@@ -6,8 +6,8 @@ back without the disk.
 
 A file that somebody cuts while it is mapped loses pages: touching one of them ends the process with
 a bus error, which Python cannot catch. So small tensors are copied at once, and the size of a file
-is looked at before each product with a mapped weight, which costs microseconds. A file cut during a
-product still ends the process.
+is looked at before it is copied from and before each product with a mapped weight, which costs
+microseconds. A file cut during a copy or a product still ends the process.
 Checked by: tests/test_pages.py
 """
 

@@ -174,6 +174,8 @@ def test_all_says_what_it_could_not_check(tiny: Trace, check: Check) -> None:
         "not checked: layers 4,8, since the recording has no input of theirs",
     ]
     assert ran.out.splitlines()[-1].startswith("match: 1 layer, 1 tensors within 2e-05")
+    unknown = {"model.layers.2.rotary_emb": np.zeros(3), "model.layers.2.mlp.weight": np.zeros(3)}
+    assert check(theirs | unknown, "--all").out == ran.out
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])

@@ -17,7 +17,7 @@ from minstep.lab.diff import Report, describe, diff_table, row_json
 from minstep.lab.explain import explain, looks_like, not_tried
 from minstep.lab.footguns import ALL, Footgun, is_plantable
 from minstep.lab.layer import Checked, check_layer
-from minstep.lab.names import is_weight, spans, split
+from minstep.lab.names import axes, spans, split
 from minstep.lab.recording import Recording, check_forms
 from minstep.lab.rerun import input_names
 from minstep.lab.trace import EMBEDDING
@@ -58,13 +58,18 @@ def checkable(checkpoint: Checkpoint, theirs: Recording) -> tuple[list[int], dic
     L = len(config.layers)
     numbers: list[int] = []
     skipped: dict[str, list[int]] = {}
+    by_layer: dict[int, set[str]] = {}
+    for name in there:
+        layer, part = split(name)
+        if layer is not None and axes(name) is not None:  # else nothing here computes it
+            by_layer.setdefault(layer, set()).add(part)
     for n in range(L + len(config.mtp_layers)):
-        parts = [split(name)[1] for name in there if split(name)[0] == n and not is_weight(name)]
+        parts = by_layer.get(n, {"input"})
         has_input = any(name in there for name in input_names(n))
         takes_tokens = n >= L or (n == 0 and not has_input)
         needs = [f"model.layers.{n}.", *([f"{EMBEDDING}."] if takes_tokens else [])]
         reasons = {
-            "the recording has no output of theirs": not set(parts) - {"input"},
+            "the recording has no output of theirs": not parts - {"input"},
             "the recording has no input of theirs": not has_input and (n or not theirs.tokens),
             "the recording does not say the tokens": n >= L and theirs.tokens is None,
             "the prompt is too short": n >= L and len(theirs.tokens or ()) <= n - L + 1,
