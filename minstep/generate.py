@@ -21,6 +21,7 @@ from minstep.validation import (
     integer_ids,
     is_finite,
 )
+from minstep.weights import check_weights
 
 RESERVED = 1024  # positions reserved for new tokens; caches grow by doubling beyond them
 
@@ -94,12 +95,14 @@ def steps(
     Each step drafts `num_draft_tokens` tokens (None: one for each MTP layer), runs them through the
     main model at once, and keeps those it would have chosen. Greedy tokens are those without
     drafts, sampled ones have the same distribution. The same arguments and the same state of `rng`
-    give the same steps. Raises InputError for a bad prompt, for numbers that can mean nothing, and
-    for logits, of the main model or of a draft, that are not finite.
+    give the same steps. Raises InputError for a bad prompt, for weights of another config, for
+    numbers that can mean nothing, and for logits, of the main model or of a draft, that are not
+    finite.
     Source: report section 2 (MTP-3); speculative sampling, arXiv 2211.17192.
     Checked by: tests/test_generate.py, tests/test_drafts.py
     """
     prompt = check_prompt(prompt, config)
+    check_weights(weights, config)
     max_tokens = check_integer("max_tokens", max_tokens, 0)
     dtype = check_float(dtype)
     check_generator(rng)

@@ -3,6 +3,9 @@
 The library under NumPy has threads of its own, but they help only the product, not the conversion
 of a stored weight before it, and a second core that reads what the first has just converted waits
 for it. So the package asks for one such thread (see __init__) and shares out whole blocks here.
+
+A process may fork between products: the child makes threads of its own. A fork while another thread
+multiplies leaves the child with a lock inside that library that nobody opens: its products hang.
 Checked by: tests/test_parallel.py
 """
 

@@ -57,7 +57,8 @@ def distribution(logits: Array, seen: Sequence[int], how: Sampling) -> Array:
     if how.repetition_penalty != 1 and len(seen):
         ids = np.unique(check_ids(integer_ids(seen), len(logits)))  # [used]
         old, penalty = logits[ids], how.repetition_penalty  # [used]
-        logits[ids] = np.where(old > 0, old / penalty, old * penalty)
+        with np.errstate(over="ignore"):  # +inf is refused below, and -inf may not come
+            logits[ids] = np.where(old > 0, old / penalty, old * penalty)
     probs, best = np.zeros_like(logits), _largest(logits)
     if how.temperature == 0:
         probs[best] = 1
@@ -140,7 +141,8 @@ def log_probabilities(logits: Array) -> Array:
     Raises InputError as `distribution` does.
     """
     _check_logits(logits)
-    shifted = logits.astype(np.float64) - logits[_largest(logits)]
+    with np.errstate(over="ignore"):  # the log of 0 is -inf
+        shifted = logits.astype(np.float64) - logits[_largest(logits)]
     return shifted - np.log(np.exp(shifted).sum())
 
 

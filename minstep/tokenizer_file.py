@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from minstep.files import InputError, read_file, shown
+from minstep.keys import unique
 from minstep.patterns import check_pattern
 
 LARGEST = 40 << 20  # bytes of a file; the released one has about 8 MB
@@ -60,13 +61,15 @@ def read_tokenizer(file: Path) -> Tokenizer:
     with contained(f"{file}: is not a tokenizer"):
         if content.count(b"[") + content.count(b"{") > MOST_CONTAINERS:
             raise InputError(f"{file}: has more than {MOST_CONTAINERS:,} lists and objects")
-        raw = json.loads(content)
+        text = content.decode("utf-8-sig")
+        raw = json.loads(text, object_pairs_hook=unique)  # the package may read the other of two
         try:
             _check(raw)
         except InputError as error:
             raise InputError(f"{file}: {error}") from error
-        raw["truncation"] = raw["padding"] = None
-        tokenizer = Tokenizer.from_str(json.dumps(raw))  # exactly what was checked
+        if any(raw.get(part) is not None for part in ("truncation", "padding")):
+            text = json.dumps(raw | {"truncation": None, "padding": None})
+        tokenizer = Tokenizer.from_str(text)
         for token in tokenizer.get_added_tokens_decoder().values():
             if token.normalized and tokenizer.normalizer and token.content:
                 if not tokenizer.normalizer.normalize_str(token.content):

@@ -1,6 +1,7 @@
 """Which hub tensor is which argument: the one table of names and shapes, and random weights."""
 
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 from minstep.attention import AttentionWeights
 from minstep.bf16 import BF16Array, to_bf16
 from minstep.config import Config, LayerSpec
+from minstep.files import InputError
 from minstep.linear import Weight
 from minstep.mlp import MLPWeights
 from minstep.model import BlockWeights, ModelWeights, MTPWeights
@@ -110,6 +112,38 @@ def tensor_shapes(config: Config, own_mtp_heads: bool = True) -> dict[str, Shape
 
     assemble(config, note, own_mtp_heads)
     return shapes
+
+
+class Expected(NamedTuple):
+    """What a config says of a tensor: it stands in the place of one."""
+
+    name: str
+    shape: Shape
+
+
+def check_weights(weights: ModelWeights, config: Config) -> None:
+    """Raise InputError unless the weights have the layers and shapes of the config.
+
+    MTP layers at the end may be missing. NumPy would stretch some wrong shapes without a word.
+    """
+    if not isinstance(weights, ModelWeights):
+        raise InputError(f"weights are a {type(weights).__name__}, expected a model's weights")
+    depths = len(weights.mtp)
+    config = config._replace(mtp_layers=config.mtp_layers[:depths])
+    expected = assemble(config, cast(Get, Expected))
+    pairs: list[tuple[Any, Any]] = [(weights, expected)]
+    while pairs:
+        found, wanted = pairs.pop()
+        if isinstance(wanted, Expected):
+            shape = getattr(found, "shape", None)
+            if shape != wanted.shape:
+                has = "is missing" if shape is None else f"has shape {list(shape)}"
+                shape = list(wanted.shape)
+                raise InputError(f"tensor {wanted.name} {has}, expected {shape} by the config")
+        elif isinstance(wanted, tuple) and isinstance(found, tuple) and len(found) == len(wanted):
+            pairs += [*zip(found, wanted, strict=True)][::-1]  # the first tensor comes off first
+        elif found is not wanted:
+            raise InputError("the weights have other layers than the config, expected its own")
 
 
 def blocks(shape: Shape, size: tuple[int, int]) -> Shape:

@@ -68,10 +68,11 @@ def test_zeros_on_either_side_are_no_exception(q: list[float], p: list[float]) -
     np.testing.assert_allclose(result, p, rtol=0, atol=1e-15)
 
 
-class Fork:
+class Fork(np.random.Generator):
     """In place of a generator: takes one way through all that may happen, and keeps its chance."""
 
     def __init__(self, path: list[list[int]]) -> None:
+        super().__init__(np.random.PCG64(0))
         self.path, self.depth, self.chance = path, 0, 1.0
 
     def choose(self, chances: Array) -> int:
@@ -84,7 +85,7 @@ class Fork:
         self.chance *= chances[taken]
         return int(taken)
 
-    def random(self) -> "Fork":
+    def random(self) -> "Fork":  # type: ignore[override]
         return self
 
     def __ge__(self, chance: float) -> bool:

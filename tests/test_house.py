@@ -13,7 +13,7 @@ PACKAGE = TOP / "minstep"
 # the model and at training from outside, the book at all of them.
 ORDER = (
     "files keys quantization native config configs tap validation header parallel pages linear "
-    "activations norm rope bf16 fp8 cache attention mlp moe model sampling mtp generate weights "
+    "activations norm rope bf16 fp8 cache attention mlp moe model weights sampling mtp generate "
     "save checkpoint toolcalls reply chat patterns tokenizer_file tokenizer continuation terminal "
     "conversation draw.svg "
     "draw.axes draw.page draw.charts lab.names lab.inspect lab.trace lab.shards lab.forms "

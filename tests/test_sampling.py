@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from minstep import InputError
 from minstep.sampling import (
     GREEDY,
     Sampling,
@@ -185,6 +186,23 @@ def test_extreme_temperatures_and_logits_neither_overflow_nor_give_nan(
         assert got.tolist() == [0.5, 0, 0, 0.5]
     else:
         assert np.count_nonzero(got) == 3 and got[1] == 0
+
+
+@pytest.mark.parametrize("penalty", [0.01, 0.5, 1.0, 1.3, 100.0])
+def test_the_largest_float64_logits_are_refused_by_name_or_drawn_from_without_a_warning(
+    penalty: float,
+) -> None:
+    most, how = np.finfo(np.float64).max, Sampling(1.0, 3, 0.9, 0.1, penalty)
+    with np.errstate(all="raise", under="ignore"):
+        for x in ([most, -most, 0], [-most, 0, 1], [-most, -most, 0]):
+            logits = np.array(x)
+            assert log_probabilities(logits).max() == 0 or np.argmax(logits) == 2
+            if penalty < 1 and x[0] > 0:
+                with pytest.raises(InputError, match="logit 0 is inf"):
+                    distribution(logits, [0, 1], how)
+            else:
+                got = distribution(logits, [0, 1], how)
+                assert got[np.argmax(logits)] == got.max() and abs(got.sum() - 1) < 1e-15
 
 
 def test_log_probabilities_are_the_models_own_in_float64() -> None:

@@ -180,6 +180,21 @@ def test_padding_and_truncation_are_left_out(changes: Json, tmp_path: Path) -> N
     assert loaded and encode(loaded, TEXT) == plain(json.dumps(STEP)).encode(TEXT).ids
 
 
+def test_a_key_that_stands_twice_is_refused_wherever_it_stands(tmp_path: Path) -> None:
+    text = json.dumps(STEP)
+    for key in ("vocab", "type", "content", "added_tokens", "decoder"):
+        for again in (key, rf"\u{ord(key[0]):04x}{key[1:]}"):
+            twice = text.replace(f'"{key}": ', f'"{again}": null, "{key}": ', 1)
+            assert twice != text
+            with pytest.raises(InputError, match=f"key {key} stands twice"):
+                load_tokenizer(written(twice, tmp_path))
+
+
+def test_a_byte_order_mark_before_a_tokenizer_is_skipped(tmp_path: Path) -> None:
+    loaded = load_tokenizer(written("\ufeff" + json.dumps(STEP), tmp_path))
+    assert loaded and encode(loaded, TEXT) == Tokenizer.from_str(json.dumps(STEP)).encode(TEXT).ids
+
+
 def sequence(part: str, *inner: Json) -> Json:
     return {"type": "Sequence", part: [*inner]}
 

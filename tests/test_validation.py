@@ -1,5 +1,6 @@
 """Every public function refuses what it cannot mean, by name, as the command line does."""
 
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -90,6 +91,50 @@ def limited(name: str) -> list[Any]:
 
 
 NO_NUMBERS: list[Any] = [None, "1", "", True, False, [1.0], 1j, np.array([1.0, 2.0]), object()]
+NO_GENERATORS: list[Any] = [
+    None, 0, "0", np.random, np.random.default_rng, np.random.Generator, np.random.PCG64(0),
+    np.random.RandomState(0), random, random.Random(0),
+]  # fmt: skip
+
+
+def other_weights() -> Iterator[Any]:
+    """Weights with a part cut off, left out or added: NumPy would stretch some of them."""
+    layer = WEIGHTS.layers[0]
+    attention, moe = layer.self_attn, WEIGHTS.layers[2].moe
+    assert moe
+    for tensor in (WEIGHTS.norm, np.asarray(WEIGHTS.norm)[None]):
+        yield WEIGHTS._replace(norm=tensor[:1])
+    yield WEIGHTS._replace(norm=np.asarray(WEIGHTS.norm).tolist())
+    yield WEIGHTS._replace(embed_tokens=np.asarray(WEIGHTS.embed_tokens)[:, :1])
+    yield WEIGHTS._replace(lm_head=WEIGHTS.lm_head[:-1])
+    for layers in ((), WEIGHTS.layers[:-1], (*WEIGHTS.layers, layer), [*WEIGHTS.layers]):
+        yield WEIGHTS._replace(layers=layers)
+    yield WEIGHTS._replace(mtp=(*WEIGHTS.mtp, WEIGHTS.mtp[0]))
+    for change in (
+        layer._replace(input_layernorm=layer.input_layernorm[:1]),
+        layer._replace(self_attn=attention._replace(q_norm=attention.q_norm[:1])),
+        layer._replace(self_attn=attention._replace(g_proj=None)),
+        layer._replace(mlp=None),
+        layer._replace(moe=moe),
+    ):
+        yield WEIGHTS._replace(layers=(change, *WEIGHTS.layers[1:]))
+    yield WEIGHTS._replace(
+        mtp=(WEIGHTS.mtp[0]._replace(enorm=WEIGHTS.mtp[0].enorm[:1]), *WEIGHTS.mtp[1:])
+    )
+
+
+def other_configs() -> list[Any]:
+    """Configs that the weights are not of."""
+    gateless = tuple(spec._replace(has_gate=False) for spec in CONFIG.layers)
+    return [
+        *(CONFIG._replace(**{size: 40}) for size in ("hidden_size", "vocab_size")),
+        CONFIG._replace(layers=CONFIG.layers[:-1]),
+        CONFIG._replace(layers=CONFIG.layers[::-1]),
+        CONFIG._replace(layers=gateless),
+        CONFIG._replace(mtp_layers=()),
+    ]
+
+
 BAD_STATES: list[Any] = [
     None, 5, "x", [[0.0] * 32], HIDDEN[0], HIDDEN[None], HIDDEN[:, :-1], HIDDEN.astype(int),
     HIDDEN.astype(np.float16), HIDDEN.astype(bool), HIDDEN.astype(complex), HIDDEN.astype(str),
@@ -111,7 +156,7 @@ CASES: list[Case] = [
     ("chunk", lambda x: steps(chunk=x), [*NO_COUNTS, 0]),
     ("prefill, chunk", lambda x: prefilled(chunk=x), [*NO_COUNTS, 0]),
     ("num_draft_tokens", lambda x: steps(num_draft_tokens=x), [*NO_COUNTS, 4, HUGE]),
-    ("rng", lambda x: steps(rng=x), [None, 0, "0"]),
+    ("rng", lambda x: steps(rng=x), NO_GENERATORS),
     ("how", lambda x: steps(how=x), [None, 1.0, "greedy", (1.0, 0, 1.0, 0.0, 1.0), {}]),
     ("dtype", lambda x: steps(dtype=x), NO_FLOATS),
     ("decoder, dtype", lambda x: minstep.decoder(PROMPT, WEIGHTS, CONFIG, x), NO_FLOATS),
@@ -119,7 +164,9 @@ CASES: list[Case] = [
     ("longest", lambda x: new_caches(CONFIG.layers, "f4", 0, x), [*NO_COUNTS, None, 0]),
     ("room", lambda x: new_caches(CONFIG.layers, "f4", 0, 1, x), [*NO_COUNTS, None]),
     ("logprobs", lambda x: Continuation(iter(()), None, x), [*NO_COUNTS, None]),
-    ("weights", lambda x: minstep.random_weights(CONFIG, x), [None, 0, "0"]),
+    ("random_weights", lambda x: minstep.random_weights(CONFIG, x), NO_GENERATORS),
+    ("weights", lambda x: steps(weights=x), [None, WEIGHTS.layers, *other_weights()]),
+    ("config of others", lambda x: steps(config=x), other_configs()),
     ("config", minstep.load_config, [None, 5, 1.5, b"x", [], "", "nowhere"]),
     ("head", lambda x: minstep.head(x, WEIGHTS, CONFIG), BAD_STATES),
     (
