@@ -126,7 +126,7 @@ def check_weights(weights: ModelWeights, config: Config) -> None:
 
     MTP layers at the end may be missing. NumPy would stretch some wrong shapes without a word.
     """
-    if not isinstance(weights, ModelWeights):
+    if not hasattr(weights, "mtp"):  # copies with a planted bug have a ModelWeights of their own
         raise InputError(f"weights are a {type(weights).__name__}, expected a model's weights")
     depths = len(weights.mtp)
     config = config._replace(mtp_layers=config.mtp_layers[:depths])
