@@ -11,6 +11,7 @@ microseconds. A file cut during a copy or a product still ends the process.
 Checked by: tests/test_pages.py
 """
 
+import math
 import mmap
 import os
 from pathlib import Path
@@ -74,9 +75,11 @@ class Map(mmap.mmap):
 
 
 def check(weight: Any) -> None:
-    """Raise InputError where the mapped file of a weight, any array, has become shorter."""
-    place = _place(weight)
-    if place is not None:
+    """Raise InputError where the mapped file of a weight has become shorter.
+
+    A weight of at most SMALL elements is a copy (see `Checkpoint.get`), and is not looked at.
+    """
+    if math.prod(weight.shape) > SMALL and (place := _place(weight)) is not None:
         place[0].check()
 
 
