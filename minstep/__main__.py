@@ -1,7 +1,7 @@
 """The process of the command line, as `minstep` and as `python -m minstep`.
 
-It is ready for Ctrl-C before anything large is imported. What comes before is Python's own start,
-30 ms of work, in which Python itself answers Ctrl-C.
+It is ready for Ctrl-C before anything large is imported. What comes before is Python's own start
+and the script that pip wrote, in which Python itself answers Ctrl-C.
 """
 
 import os
