@@ -1,4 +1,4 @@
-"""The book's generated blocks: quoted code, commands with what they print, links, names.
+"""The book's generated blocks: quoted code, commands with what they print, links.
 
     python -m tests.book [FILE...]
 
@@ -13,7 +13,6 @@ marker and an end marker, each on its own line:
     <!-- run-held-out minstep lab bits -->    one that reads the held-out part of Python's own
                                               documentation: made where that is the same only
     <!-- contents -->  <!-- nav -->           the chapters; the way to the ones beside
-    <!-- names -->                            every public name, its file, its chapter
     <!-- end -->
 """
 
@@ -32,12 +31,11 @@ from pathlib import Path
 
 from minstep.cli import main
 from minstep.train.data import read_corpus
-from tests.test_house import ORDER
 
 TOP = Path(__file__).parent.parent
 DOCS = TOP / "docs"
 BLOCK = re.compile(
-    r"^<!-- (quote|run|run-held-out|contents|nav|names)(?: (.*?))? -->\n(?:.*?\n)??<!-- end -->$",
+    r"^<!-- (quote|run|run-held-out|contents|nav)(?: (.*?))? -->\n(?:.*?\n)??<!-- end -->$",
     re.M | re.S,
 )
 
@@ -68,7 +66,6 @@ def fill(path: Path) -> str:
         "run-held-out": ran,
         "contents": lambda _: contents(),
         "nav": lambda _: nav(path),
-        "names": lambda _: names(),
     }
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
 
@@ -159,13 +156,6 @@ def reaches(path: Path, file: str) -> bool:
     return f"<!-- quote {file} " in text or f"](../{file})" in text
 
 
-def chapter_of(file: str) -> Path:
-    """The first chapter that reaches a file."""
-    found = next((path for path in chapters() if reaches(path, file)), None)
-    assert found, f"no chapter reaches {file}"
-    return found
-
-
 def file_of(module: str) -> str:
     """Where a module lies: minstep/lab/compare.py for lab.compare."""
     return f"minstep/{module.replace('.', '/')}.py"
@@ -176,19 +166,6 @@ def public(file: str) -> list[ast.FunctionDef | ast.ClassDef]:
     body = ast.parse((TOP / file).read_text(encoding="utf-8")).body
     defined = [node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     return [node for node in defined if not node.name.startswith("_")]
-
-
-def names() -> str:
-    """Every public name of the package by file, in the order of imports."""
-    lines = []
-    for module in ORDER:
-        file = file_of(module)
-        chapter = chapter_of(file)
-        lines += ["", f"**[{file}](../{file})**, [chapter {title(chapter)}]({chapter.name})", ""]
-        for node in public(file):
-            first = (ast.get_docstring(node) or "").split("\n", 1)[0]
-            lines.append(f"- `{node.name}`: {first}")
-    return "\n".join(lines[1:])
 
 
 class _Printed(doctest.DocTestRunner):
@@ -216,7 +193,6 @@ if __name__ == "__main__":
     os.environ["COLUMNS"] = "100"
     for file in [Path(name).resolve() for name in sys.argv[1:]] or [
         DOCS / "README.md",
-        DOCS / "names.md",
         *chapters(),
     ]:
         text = printed(fill(file), file.name)

@@ -24,7 +24,7 @@ ORDER = (
     "train.log train.saved train.trainer train.run lab.baselines arguments train.flags commands "
     "lab.commands lab.acceptance lab.loads lab.bits lab.labs lab.flags lab.lens lab.view lab.walk "
     "bench.timing bench.layer bench.peers bench.targets bench.decoding bench.drafts bench.layers "
-    "bench.attention bench.reading bench.training bench.unused bench.report bench.peer "
+    "bench.attention bench.reading bench.training bench.report bench.peer "
     "bench.commands bench.flags "
     "cost.count cost.hardware cost.roofline cost.models cost.serving cost.prices cost.report "
     "cost.chart cost.text cost.flags "

@@ -29,7 +29,6 @@ from minstep.bench.report import (
 )
 from minstep.bench.timing import Found, idle_share, memory_rates
 from minstep.bench.training import training
-from minstep.bench.unused import unused
 from minstep.checkpoint import open_checkpoint
 from minstep.config import load_config
 from minstep.configs import find_config
@@ -49,7 +48,6 @@ CASES: dict[str, Case] = {
     "attention": attention_layer,
     "reading": reading,
     "training": training,
-    "unused": unused,
 }
 ROUNDS, FEWER = 5, 2  # of blocks; of the quick form
 

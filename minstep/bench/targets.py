@@ -27,8 +27,6 @@ TARGETS = (
     Target("moe", "512 tokens, 288 experts", "bfloat16", 0.4),
     Target("attention", "262,144 positions", LIMIT, 0.4),
     Target("drafts", "with drafts", "without", 1.25),
-    Target("unused", "trained, taps", "taken out", 1 / 1.03),
-    Target("unused", "trained, steps", "bare loop", 1 / 1.03),
 )
 
 
