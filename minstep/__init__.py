@@ -11,12 +11,12 @@ Read it with the book, docs/README.md; these files have a chapter each:
      7  model
      8  cache
      9  mtp, generate
-    10  linear, bf16, fp8, weights, checkpoint
-    11  lab.compare
+    10  linear, fast.bf16, fast.fp8, weights, store.checkpoint
+    11  parity.compare
     12  train.tape, train.loss
-    13  lab.footguns
-    14  lab.inspect, cost.count
-    15  tokenizer, chat, sampling
+    13  parity.known_bugs
+    14  store.inspect, cost.count
+    15  text.tokenizer, text.prompt, sampling
 
 What stands in this package itself:
 
@@ -32,9 +32,8 @@ What stands in this package itself:
     mtp_forward      the logits of each draft layer over a text that is known
     InputError       what is raised for wrong files, configs, numbers and tokens
 
-Imports run one way: the model never imports train, which differentiates it, lab, which looks at it
-from outside, nor book, which has the figures, exercises and known bugs. A first run, with random
-weights:
+Imports run one way: the model never imports train, which differentiates it, nor parity and
+explore, which look at it from outside. A first run, with random weights:
 
 >>> import numpy as np, minstep
 >>> config = minstep.load_config(minstep.find_config("tiny"))
@@ -55,30 +54,30 @@ from types import ModuleType
 
 TYPE_CHECKING = False  # typing itself takes a while to load, in which Ctrl-C would be a traceback
 
-# Before NumPy is loaded, or without effect: parallel.py has threads of its own, and two kinds of
-# them wait for each other.
+# Before NumPy is loaded, or without effect: fast/threads.py has threads of its own, and two kinds
+# of them wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from typing import Any
 
-    from minstep.checkpoint import open_checkpoint
     from minstep.config import load_config
-    from minstep.configs import find_config
-    from minstep.files import InputError
     from minstep.generate import generate, steps
     from minstep.model import decoder, head
     from minstep.mtp import mtp_forward
     from minstep.sampling import Sampling
+    from minstep.store.checkpoint import open_checkpoint
+    from minstep.store.config_file import find_config
+    from minstep.store.files import InputError
     from minstep.weights import random_weights
 
 # The module of each name. It is imported when the name is first used: the command line must be
 # ready for Ctrl-C before it loads NumPy.
 _MODULES = {
-    "open_checkpoint": "checkpoint",
+    "open_checkpoint": "store.checkpoint",
     "load_config": "config",
-    "find_config": "configs",
-    "InputError": "files",
+    "find_config": "store.config_file",
+    "InputError": "store.files",
     "generate": "generate",
     "steps": "generate",
     "decoder": "model",

@@ -18,7 +18,7 @@ def main() -> int:
             signal.signal(each, _leave)  # an import may lose or rename a KeyboardInterrupt
     code: object = 130
     try:
-        from minstep.cli import main as run
+        from minstep.cli.main import main as run
 
         code = run()
     except SystemExit as end:

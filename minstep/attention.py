@@ -7,9 +7,9 @@ import numpy as np
 from minstep.activations import sigmoid, softmax
 from minstep.cache import FullCache, Past
 from minstep.config import LayerSpec
+from minstep.fast.threads import each, fetch, scratch
 from minstep.linear import Weight, linear
 from minstep.norm import rms_norm
-from minstep.parallel import each, fetch, scratch
 from minstep.rope import Rotation, rotate
 from minstep.tap import Array, Tap, silent
 from minstep.validation import check_finite
@@ -48,7 +48,7 @@ def self_attention(
     Differs: sliding layers have more query heads than full ones (96 and 64). QK-norm comes before
         the rotation. The gate is a sigmoid of the layer's normed input, one number per head, and
         scales the head's output before o_proj, not after it.
-    Checked by: tests/test_attention.py
+    Checked by: tests/model/test_attention.py
     """
     T, H, G, K = len(x), spec.heads, spec.groups, spec.head_dim
     q = tap("q_proj", linear(x, weights.q_proj)).reshape(T, H, K)  # [T, H, K]
@@ -136,7 +136,7 @@ def attend_in_blocks(q: Array, past: Past, first: int, window: int | None) -> Ar
     exp(old - new). Keys that no query of a block can see are not visited. Threads share out the
     key-value heads. Returns [T, H, K].
     Source: online softmax, arXiv 1805.02867; blocks as in FlashAttention, arXiv 2205.14135.
-    Checked by: tests/test_attention.py
+    Checked by: tests/model/test_attention.py
     """
     T, H, K = q.shape
     G, S, _ = past.keys.shape

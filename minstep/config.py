@@ -12,17 +12,17 @@ Differs: the class defaults of the released configuration disagree with the rele
         `yarn_only_types` (all kinds), one of `max_position_embeddings` and `max_seq_len` (the other
         holds), keys that decide nothing, and `can_chat` (it can), which is minstep's own: a model
         that `train` made only continues.
-Checked by: tests/test_config.py
+Checked by: tests/model/test_config.py
 """
 
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minstep.files import InputError
 from minstep.keys import Keys, read_json
-from minstep.native import hub_config
 from minstep.quantization import Quantization, parse_quantization
+from minstep.store.files import InputError
+from minstep.store.layouts import hub_config
 
 MOST_LAYERS = 10_000
 FULL, SLIDING = "full_attention", "sliding_attention"

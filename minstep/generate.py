@@ -8,10 +8,10 @@ from numpy.typing import DTypeLike
 
 from minstep.cache import FullCache, new_caches
 from minstep.config import Config
-from minstep.files import InputError
 from minstep.model import ModelWeights, decoder, head
 from minstep.mtp import Drafter
 from minstep.sampling import GREEDY, Sampling, verify
+from minstep.store.files import InputError
 from minstep.tap import Array
 from minstep.validation import (
     check_float,
@@ -99,7 +99,7 @@ def steps(
     numbers that can mean nothing, and for logits, of the main model or of a draft, that are not
     finite.
     Source: report section 2 (MTP-3); speculative sampling, arXiv 2211.17192.
-    Checked by: tests/test_generate.py, tests/test_drafts.py
+    Checked by: tests/model/test_generate.py, tests/model/test_drafts.py
     """
     prompt = check_prompt(prompt, config)
     check_weights(weights, config)

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from minstep.files import InputError, read_file, shown
+from minstep.store.files import InputError, read_file, shown
 
 MAX_JSON = 16_000_000  # bytes: an index of 100,000 tensors takes 10 MB
 FINITE = "expected finite numbers"
@@ -37,7 +37,7 @@ def strict_json(text: str) -> Any:
     Refused is what Python's own reader takes: NaN and Infinity, numbers too large for a float,
     half a character such as \\ud800, and a key that stands twice in an object.
     Differs: transformers takes the last of two equal keys. Here it is open which one was meant.
-    Checked by: tests/test_keys.py
+    Checked by: tests/model/test_keys.py
     """
     odd: list[str] = []
 

@@ -5,8 +5,8 @@ from typing import Any, Protocol, TypeGuard
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from minstep.pages import SMALL, check, used
-from minstep.parallel import LARGE, each, scratch
+from minstep.fast.pages import SMALL, check, used
+from minstep.fast.threads import LARGE, each, scratch
 from minstep.tap import Array
 
 BLOCK = 5 << 18  # weight elements converted at a time: 5 MB of float32, which stay in cache
@@ -41,7 +41,7 @@ def linear(x: Array, weight: Weight) -> Array:
     A weight of another dtype is converted a block of rows at a time, never as a whole; the blocks
     of a large product are shared out to threads, and are the same for any number of them.
     Source: nn.Linear(bias=False) throughout modeling_step3p5.py.
-    Checked by: tests/test_linear.py
+    Checked by: tests/model/test_linear.py
     """
     outputs, inputs = weight.shape[-2:]
     count, size = x.size // inputs, outputs * inputs

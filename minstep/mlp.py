@@ -30,7 +30,7 @@ def swiglu(x: Array, weights: MLPWeights, limit: float | None) -> Array:
     Differs: the cap is on silu(gate), not on gate before it. Routed experts take their limit from
         `swiglu_limits`, the shared expert and dense MLPs from `swiglu_limits_shared`. A wrong clamp
         shows only in layers 43 and 44, and only on outliers.
-    Checked by: tests/test_mlp.py
+    Checked by: tests/model/test_mlp.py
     """
     gate = silu(linear(x, weights.gate_proj))  # [..., F]
     up = linear(x, weights.up_proj)  # [..., F]

@@ -9,13 +9,13 @@ from numpy.typing import DTypeLike
 from minstep.attention import AttentionWeights, self_attention
 from minstep.cache import FullCache, check_caches
 from minstep.config import Config, LayerSpec, RopeSpec
-from minstep.files import InputError
+from minstep.fast.pages import check
 from minstep.linear import Weight, as_float, linear
 from minstep.mlp import MLPWeights, swiglu
 from minstep.moe import MoEWeights, moe
 from minstep.norm import rms_norm
-from minstep.pages import check
 from minstep.rope import Rotation, rotation
+from minstep.store.files import InputError
 from minstep.tap import Array, Tap, silent
 from minstep.validation import (
     NotFinite,
@@ -83,7 +83,7 @@ def block(
     Source: Step3p5DecoderLayer in modeling_step3p5.py.
     Differs: routed experts and the shared expert read the same normed input, and the scaling factor
         is in the routed weights only.
-    Checked by: tests/test_golden.py
+    Checked by: tests/model/test_golden.py
     """
     normed = tap("input_layernorm", rms_norm(x, weights.input_layernorm, eps))
     x = x + self_attention(normed, weights.self_attn, spec, table, eps, cache, tap.at("self_attn"))
@@ -111,7 +111,7 @@ def decoder(
     InputError for what are no token ids, for another dtype than float32 and float64, for caches of
     other layers or of another dtype, and beyond the context.
     Source: Step3p5Model.forward in modeling_step3p5.py.
-    Checked by: tests/test_golden.py
+    Checked by: tests/model/test_golden.py
     """
     dtype = check_float(dtype)
     if caches is not None:

@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from minstep.activations import sigmoid
 from minstep.config import MoESpec
-from minstep.files import InputError
+from minstep.fast.pages import check, reads_disk, will_need
+from minstep.fast.threads import LARGE, each, scratch
 from minstep.linear import Weight, as_float, linear
 from minstep.mlp import MLPWeights, swiglu
-from minstep.pages import check, reads_disk, will_need
-from minstep.parallel import LARGE, each, scratch
+from minstep.store.files import InputError
 from minstep.tap import Array, Tap, silent
 from minstep.validation import check_finite
 
@@ -47,7 +47,7 @@ def route(x: Array, weights: MoEWeights, spec: MoESpec, tap: Tap = silent) -> Ch
     Differs: the bias decides who is chosen and never touches the weights, which are the raw
         sigmoid scores of the chosen, normalised over the chosen only, times scaling_factor. Softmax
         routers normalise over all experts first.
-    Checked by: tests/test_moe.py
+    Checked by: tests/model/test_moe.py
     """
     logits = tap("gate", linear(x, weights.gate))  # [T, E]
     scores = sigmoid(logits)
@@ -72,7 +72,7 @@ def experts(x: Array, weights: MoEWeights, choice: Choice, limit: float | None) 
     x [T, D]. Returns [T, D] in x's dtype. One choice of one token is a slot: there are T*A. Raises
     InputError for the id of an expert that there is not.
     Source: Step3p5MoEMLP in modeling_step3p5.py.
-    Checked by: tests/test_moe.py
+    Checked by: tests/model/test_moe.py
     """
     T, A = choice.ids.shape
     flat, E = choice.ids.ravel(), weights.gate_proj.shape[0]  # [T*A]

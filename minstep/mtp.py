@@ -7,12 +7,12 @@ from numpy.typing import DTypeLike
 
 from minstep.cache import FullCache, new_caches
 from minstep.config import Config, LayerSpec
-from minstep.files import InputError
 from minstep.linear import Weight, linear
 from minstep.model import ModelWeights, MTPWeights, block, embed, rotations
 from minstep.norm import rms_norm
 from minstep.rope import Rotation
 from minstep.sampling import Sampling, distribution, draw
+from minstep.store.files import InputError
 from minstep.tap import Array, Tap, silent
 from minstep.validation import NotFinite, check_finite, check_ids, check_states, integer_ids
 
@@ -39,7 +39,7 @@ def mtp_depth(
     Differs: SGLang hands MiMo's depths the main model's state, Step's the depth before's.
         `lm_head` in place of the depth's own head leaves drafts that are rejected; normed states
         cost depths from the second on, as much as the norms' weights have learned.
-    Checked by: tests/test_golden.py
+    Checked by: tests/model/test_golden.py
     """
     embedding = rms_norm(embed(next_tokens, embed_tokens, hidden.dtype), weights.enorm, eps)
     state = rms_norm(hidden, weights.hnorm, eps)
@@ -101,7 +101,7 @@ class Drafter:
     `longest` is the longest text fed at once.
     Source: as mtp_depth; the rows to compute again, from when their tokens are known.
     Differs: an engine that keeps rows of rejected drafts loses acceptance, never correctness.
-    Checked by: tests/test_drafts.py
+    Checked by: tests/model/test_drafts.py
     """
 
     def __init__(

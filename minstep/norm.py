@@ -15,7 +15,7 @@ def rms_norm(x: Array, weight: Weight, eps: float) -> Array:
     Source: Step3p5RMSNorm in modeling_step3p5.py; "zero-centered RMSNorm", report section 2.
     Differs: Llama multiplies by weight alone. A port that does so here scales every activation by
         about 0 instead of about 1: garbage from layer 0. Adding 1 at load time as well doubles it.
-    Checked by: tests/test_norm.py
+    Checked by: tests/model/test_norm.py
     """
     mean_square = np.square(x).sum(axis=-1, keepdims=True) / x.shape[-1]  # [..., 1]
     return x / np.sqrt(mean_square + eps) * (1 + as_float(weight, x.dtype))

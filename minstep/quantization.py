@@ -30,7 +30,7 @@ def parse_quantization(raw: dict[str, Any], source: str) -> Quantization | None:
     Source: config.json of the released FP8 checkpoint; "fp8" of transformers' quantizers.
     Differs: the scheme rounds activations to 8 bits too, each time a layer runs. Here they are not:
         what is computed is what the stored weights mean.
-    Checked by: tests/test_fp8.py
+    Checked by: tests/fast/test_fp8.py
     """
     if raw.get("quantization_config") is None:
         return None

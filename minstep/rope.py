@@ -30,7 +30,7 @@ def inverse_frequencies(spec: RopeSpec, dtype: DTypeLike) -> Array:
         between the two are mixed linearly in the number of turns.
     Differs: the exponent runs over rotary_dim, not head_dim: with partial rotation the two differ.
         The config calls the kinds that scale `yarn_only_types`, but the formula is not YaRN.
-    Checked by: tests/test_rope.py
+    Checked by: tests/model/test_rope.py
     """
     pairs = np.arange(0, spec.rotary_dim, 2, dtype=dtype) / spec.rotary_dim  # [P]
     inv_freq = 1 / np.power(spec.theta, pairs, dtype=dtype)
@@ -60,7 +60,7 @@ def rotate(x: Array, table: Rotation) -> Array:
     Source: rotate_half and apply_rotary_pos_emb in modeling_step3p5.py.
     Differs: GPT-J and GGUF's "normal" layout pair (2i, 2i + 1). Weights are stored for halves, so
         interleaving scrambles every head although short texts may still look fluent.
-    Checked by: tests/test_rope.py
+    Checked by: tests/model/test_rope.py
     """
     pairs = table.cos.shape[-1]
     cos, sin = table.cos[:, None, :], table.sin[:, None, :]  # [T, 1, P]

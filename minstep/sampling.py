@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minstep.activations import softmax
-from minstep.files import InputError
+from minstep.store.files import InputError
 from minstep.tap import Array
 from minstep.validation import Limits, check_ids, check_integer, check_number, integer_ids
 
@@ -50,7 +50,7 @@ def distribution(logits: Array, seen: Sequence[int], how: Sampling) -> Array:
     are all -inf, and for an id in `seen` that has no logit.
     Source: the logits processors of transformers, in its order.
     Differs: llama.cpp applies the temperature last, so its top-p means another set of tokens.
-    Checked by: tests/test_sampling.py
+    Checked by: tests/model/test_sampling.py
     """
     _check_logits(logits)
     logits = logits.astype(np.float64)
@@ -96,7 +96,7 @@ def acceptance(draft: int, q: Array, p: Array) -> tuple[float, Array]:
     from the positive part of p - q: whatever q is, the token that results is distributed as p.
     Raises InputError for q or p that are not finite, and for a draft that q never gives.
     Source: speculative sampling, arXiv 2211.17192, theorem in its appendix A.1; arXiv 2302.01318.
-    Checked by: tests/test_drafts.py
+    Checked by: tests/model/test_drafts.py
     """
     if not (p.shape == q.shape and 0 <= draft < len(q)):
         sizes = f"with {list(q.shape)} and {list(p.shape)} probabilities"
@@ -123,7 +123,7 @@ def verify(
     Draft j was drawn from q[j] [V]; logits [1+M, V] are the main model's after `text` and j drafts.
     The first draft that is not kept is replaced; when all are, one more token is drawn. Raises
     InputError as `acceptance` and `distribution` do, and for too few rows.
-    Checked by: tests/test_drafts.py
+    Checked by: tests/model/test_drafts.py
     """
     if not len(drafts) == len(q) < len(logits):
         counts = f"{len(drafts)} drafts, {len(q)} distributions, {len(logits)} rows of logits"

@@ -2,7 +2,7 @@
 
 The command line, Python's callers and the model's own files refuse the same things here, each with
 an InputError that names what was found and what was expected.
-Checked by: tests/test_validation.py
+Checked by: tests/model/test_validation.py
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from minstep.files import InputError
+from minstep.store.files import InputError
 from minstep.tap import Array
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))  # what the model computes in

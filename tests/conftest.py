@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from minstep.cli import main
+from minstep.cli.main import main
 from minstep.train.documents import Document, python_documents
 
 GOLDEN = Path(__file__).parent / "golden"

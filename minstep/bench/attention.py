@@ -1,7 +1,7 @@
 """Decoding attention of one full layer of the released sizes, over a cache of float32.
 
 One token reads all keys and values and does little with each, so reading them alone is the limit.
-Checked by: tests/test_bench_layers.py, tests/test_bench_peer.py
+Checked by: tests/bench/test_layers.py, tests/bench/test_peer.py
 """
 
 from typing import NamedTuple

@@ -2,7 +2,7 @@
 
 `tiny` and `mid` have random weights, `trained` is the shipped model as its file is: bfloat16, which
 our side converts whenever it multiplies, and transformers once when it loads.
-Checked by: tests/test_bench.py, tests/test_bench_peer.py
+Checked by: tests/bench/test_bench.py, tests/bench/test_peer.py
 """
 
 import time
@@ -14,13 +14,13 @@ import numpy as np
 
 from minstep.bench.peers import FLOATS, PeerError, Setup
 from minstep.bench.timing import Block, Curve, Found, Row, rounds
-from minstep.checkpoint import open_checkpoint
 from minstep.config import Config, parse_config
-from minstep.configs import find_config, read_config
-from minstep.files import check_space
 from minstep.generate import Step, steps
 from minstep.model import ModelWeights
-from minstep.save import Form, needed_space, save_random
+from minstep.store.checkpoint import open_checkpoint
+from minstep.store.config_file import find_config, read_config
+from minstep.store.files import check_space
+from minstep.store.random_checkpoint import Form, needed_space, save_random
 
 PROMPT, NEW = 64, 128  # tokens given, and tokens continued one at a time
 LONG = 512  # tokens of a prompt whose reading is timed

@@ -1,6 +1,6 @@
 """Tokens a second of the shipped model with drafts and without, on text of the kind it has learned.
 
-Checked by: tests/test_bench.py
+Checked by: tests/bench/test_bench.py
 """
 
 import numpy as np
@@ -8,10 +8,10 @@ import numpy as np
 from minstep.bench.decoding import NEW, PROMPT, Model, continued
 from minstep.bench.peers import Setup
 from minstep.bench.timing import Block, Found, Row, rounds
-from minstep.checkpoint import open_checkpoint
-from minstep.configs import find_config
-from minstep.lab.acceptance import beginnings
-from minstep.tokenizer import load_tokenizer
+from minstep.explore.acceptance import beginnings
+from minstep.store.checkpoint import open_checkpoint
+from minstep.store.config_file import find_config
+from minstep.text.tokenizer import load_tokenizer
 from minstep.train.data import encode_documents, read_corpus
 
 PROMPTS = 8  # beginnings of held-out documents

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minstep.bench.timing import read_rate, seconds
-from minstep.checkpoint import Checkpoint
 from minstep.config import LayerSpec
-from minstep.files import InputError
+from minstep.fast.pages import DONTNEED
+from minstep.fast.threads import THREADS
 from minstep.linear import as_float
 from minstep.mlp import swiglu
 from minstep.model import BlockWeights
 from minstep.moe import moe
-from minstep.pages import DONTNEED
-from minstep.parallel import THREADS
+from minstep.store.checkpoint import Checkpoint
+from minstep.store.files import InputError
 from minstep.tap import Array
 from minstep.weights import block_weights
 
@@ -48,7 +48,7 @@ def bench_moe(checkpoint: Checkpoint, n: int, rng: np.random.Generator) -> dict[
     do nothing else; `share`: what the fastest call reaches of it. Cold calls begin with nothing of
     the layer's files in memory, once without and once with asking for the chosen experts ahead;
     None where the system has no way to forget a file. Raises InputError for another kind of layer.
-    Checked by: tests/test_bench.py
+    Checked by: tests/bench/test_bench.py
     """
     layers = checkpoint.config.layers
     if not 0 <= n < len(layers) or layers[n].moe is None:

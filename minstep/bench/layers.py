@@ -2,7 +2,7 @@
 
 The file has transformers' own names and both sides map it, so that they read the same memory. Of
 the experts some are drawn and repeated, which no side can notice: 9 GB are read all the same.
-Checked by: tests/test_bench_layers.py, tests/test_bench_peer.py
+Checked by: tests/bench/test_layers.py, tests/bench/test_peer.py
 """
 
 import json
@@ -17,14 +17,14 @@ from minstep.bench.layer import Half, bytes_used, experts_rate
 from minstep.bench.peers import Setup
 from minstep.bench.targets import LIMIT
 from minstep.bench.timing import Block, Found, Row, rounds, seconds
-from minstep.bf16 import BF16Array, to_bf16
-from minstep.checkpoint import Checkpoint, open_checkpoint
 from minstep.config import MoESpec, parse_config
-from minstep.configs import read_config
-from minstep.files import check_space
-from minstep.header import laid_out
+from minstep.fast.bf16 import BF16Array, to_bf16
 from minstep.linear import as_float
-from minstep.save import NEVER
+from minstep.store.checkpoint import Checkpoint, open_checkpoint
+from minstep.store.config_file import read_config
+from minstep.store.files import check_space
+from minstep.store.header import laid_out
+from minstep.store.random_checkpoint import NEVER
 from minstep.tap import Array
 from minstep.weights import block_weights
 

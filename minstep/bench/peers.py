@@ -1,6 +1,6 @@
 """The process that runs torch beside us: started, asked, and ended.
 
-Checked by: tests/test_bench_peer.py
+Checked by: tests/bench/test_peer.py
 """
 
 import json
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minstep.files import LONGEST_MESSAGE, shown
+from minstep.store.files import LONGEST_MESSAGE, shown
 
 SCRIPT = Path(__file__).with_name("peer.py")
 FLOATS = ("float32", "bfloat16")  # that a peer computes in

@@ -1,6 +1,6 @@
 """Opening a checkpoint of the released size, and experts that come from the disk.
 
-Checked by: tests/test_bench_layers.py
+Checked by: tests/bench/test_layers.py
 """
 
 import json
@@ -15,12 +15,12 @@ from minstep.bench.layer import Half
 from minstep.bench.layers import LAYER, Raw, layer_file, layer_half, tokens_drawn
 from minstep.bench.peers import Setup
 from minstep.bench.timing import Block, Found, Row, fastest, rounds, seconds
-from minstep.checkpoint import INDEX, Checkpoint, open_checkpoint
 from minstep.config import parse_config
-from minstep.configs import read_config
+from minstep.fast.pages import DONTNEED
 from minstep.moe import route
-from minstep.pages import DONTNEED
-from minstep.save import Form, save_random
+from minstep.store.checkpoint import INDEX, Checkpoint, open_checkpoint
+from minstep.store.config_file import read_config
+from minstep.store.random_checkpoint import Form, save_random
 
 SHARDS, WRITTEN = 44, 24  # of the released checkpoint; experts that are written here
 Part = tuple[Path, int, int]  # file, first byte, bytes

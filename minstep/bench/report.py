@@ -1,6 +1,6 @@
 """What was measured, as a table, as JSON and as charts.
 
-Checked by: tests/test_bench.py
+Checked by: tests/bench/test_bench.py
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 from minstep.bench.targets import target
 from minstep.bench.timing import Found, Row, as_json
 from minstep.draw.charts import bar_chart, line_chart
-from minstep.files import atomic_file
+from minstep.store.files import atomic_file
 
 BUSY = 0.9  # share of idle processors below which times say little
 NAMES = {"float32": "torch float32", "bfloat16": "torch bfloat16", "limit": "reading alone"}

@@ -2,7 +2,7 @@
 
 Calls of two libraries are never mixed: threads that one of them leaves waiting spin for a while and
 take a core from the other. So each side runs a block of its own calls, after a pause and a warm-up.
-Checked by: tests/test_bench.py
+Checked by: tests/bench/test_bench.py
 """
 
 import time
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minstep.parallel import each
+from minstep.fast.threads import each
 from minstep.tap import Array
 
 PAUSE = 0.25  # seconds before a block: longer than idle threads of torch spin

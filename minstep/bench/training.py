@@ -2,7 +2,7 @@
 
 Both sides leave out the drafts' loss, which transformers' model has not, and the optimizer. Ours
 runs the sequences one after the other, as `train` does in each process; torch all at once.
-Checked by: tests/test_bench.py, tests/test_bench_peer.py
+Checked by: tests/bench/test_bench.py, tests/bench/test_peer.py
 """
 
 from pathlib import Path
@@ -11,9 +11,9 @@ import numpy as np
 
 from minstep.bench.peers import FLOATS, Setup
 from minstep.bench.timing import Block, Found, Row, fastest, rounds
-from minstep.checkpoint import open_checkpoint
-from minstep.configs import find_config
 from minstep.linear import as_float
+from minstep.store.checkpoint import open_checkpoint
+from minstep.store.config_file import find_config
 from minstep.train.workers import Result, Tensors, share
 from minstep.weights import tensor_shapes
 

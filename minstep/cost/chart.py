@@ -1,6 +1,6 @@
 """The roofline of each device, with what passes of the model ask of it, as one SVG figure.
 
-Checked by: tests/test_cost_command.py
+Checked by: tests/cost/test_command.py
 """
 
 from collections.abc import Sequence

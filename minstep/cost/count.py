@@ -3,7 +3,7 @@
 Everything follows from the shapes of the tensors and the layers' specs. A product of [m, k] and
 [k, n] is 2*m*k*n FLOPs: one multiplication and one addition each. Norms, activations, softmax and
 rotations are left out of FLOPs: they are no matrix products, and nothing beside them.
-Checked by: tests/test_cost_count.py, which counts what the model's code really multiplies and reads
+Checked by: tests/cost/test_count.py, which counts what the model's code really multiplies and reads
 """
 
 import math
@@ -12,7 +12,7 @@ from functools import cache
 from typing import NamedTuple
 
 from minstep.config import Config, LayerSpec, MoESpec
-from minstep.lab.inspect import layer_number
+from minstep.store.inspect import layer_number
 from minstep.weights import tensor_shapes
 
 SCORES = "scores and values"  # the part of attention that multiplies no weight
@@ -147,7 +147,7 @@ def cache_bytes(specs: Iterable[LayerSpec], context: int, size: float = 2) -> fl
 
     2*G*K numbers of `size` bytes for each of min(context, W) positions of each layer: what one
     sequence's caches hold, and what a pass over it reads.
-    Checked by: tests/test_cost_count.py
+    Checked by: tests/cost/test_count.py
     """
     return sum(
         2 * spec.groups * spec.head_dim * size * min(context, spec.window or context)

@@ -6,7 +6,7 @@ of drafts, the look-up of embeddings, and that the files of Kimi K2 Thinking hav
 Source: the models' configurations: XiaomiMiMo/MiMo-V2-Flash (as in NeMo AutoModel's copy),
         MiniMaxAI/MiniMax-M2.1, deepseek-ai/DeepSeek-V3.2 and FlashMLA's README for what its cache
         holds, zai-org/GLM-4.7, moonshotai/Kimi-K2; speeds, drafts and EP: arXiv 2602.10604.
-Checked by: tests/test_cost_serving.py, which holds parameters against what the makers announce
+Checked by: tests/cost/test_serving.py, which holds parameters against what the makers announce
 """
 
 from collections import Counter

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from minstep.files import InputError
+from minstep.store.files import InputError
 
 MILLION = 1_000_000
 LONGEST, MOST_OUTPUT = 262_144, 65_536  # tokens that the API allows: in all, and of one answer
@@ -40,7 +40,7 @@ def price(conversation: list[Turn], prices: Price = API, is_cached: bool = True)
     """CNY of a conversation; without a cache all input costs the same.
 
     Source: StepFun's prices for step-3.5-flash.
-    Checked by: tests/test_cost.py
+    Checked by: tests/cost/test_roofline.py
     """
     old, new, output = (sum(column) for column in zip(*conversation, strict=True))
     again = prices.cached if is_cached else prices.input

@@ -1,13 +1,12 @@
 """All that `minstep cost` says, as one dictionary of numbers; no text, no maths of its own.
 
-Checked by: tests/test_cost_command.py
+Checked by: tests/cost/test_command.py
 """
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minstep.config import Config, load_config
-from minstep.configs import find_config
 from minstep.cost.count import (
     FORMS,
     SCORES,
@@ -35,8 +34,9 @@ from minstep.cost.roofline import (
     tokens_per_pass,
 )
 from minstep.cost.serving import count_within, predicted, published
-from minstep.files import InputError
-from minstep.lab.inspect import inspect
+from minstep.store.config_file import find_config
+from minstep.store.files import InputError
+from minstep.store.inspect import inspect
 
 CONTEXTS, MIDDLE = (4096, 32_768, 131_072, 262_144), 32_768
 BATCHES = (1, 4, 16, 64, 256, 1024)

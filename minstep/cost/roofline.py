@@ -1,6 +1,6 @@
 """How long a pass takes at best: reading or multiplying, whichever is longer.
 
-Checked by: tests/test_cost.py
+Checked by: tests/cost/test_roofline.py
 """
 
 from collections.abc import Callable, Sequence

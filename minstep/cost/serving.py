@@ -7,7 +7,7 @@ Source: the method is that of arXiv 2507.19427 (bytes and FLOPs of attention and
         batch that a deployment reaches, times the price of the hardware, here one kind of it).
 Differs: that paper prices attention and experts on machines of their own, each at its own batch.
         Here both share GPUs and their time, as the table's EP 8 and EP 32 suggest; it does not say.
-Checked by: tests/test_cost_serving.py
+Checked by: tests/cost/test_serving.py
 """
 
 from typing import Any, NamedTuple

@@ -1,13 +1,13 @@
 """What `minstep cost` found, as text for a terminal: sections with headings.
 
-Checked by: tests/test_cost_command.py
+Checked by: tests/cost/test_command.py
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 from minstep.cost.count import SCORES
-from minstep.files import shown
+from minstep.store.files import shown
 
 RELEASED = 199_384_301_376  # parameters in the released files, whose announced figures are told
 OFF = 0.2  # share by which a prediction misses before its cause is told

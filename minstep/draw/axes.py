@@ -36,7 +36,7 @@ def axis(values: Sequence[float], base: int = 0, is_tight: bool = False) -> Axis
 
     With a `base` it is logarithmic, a tick at each power of it. Raises ValueError where a value on
     such an axis is not above 0.
-    Checked by: tests/test_charts.py
+    Checked by: tests/draw/test_charts.py
     """
     low, high = min(values), max(values)
     if base:

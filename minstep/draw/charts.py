@@ -1,6 +1,6 @@
 """Charts of what was measured, as SVG text: lines, grouped bars, and the load of each expert.
 
-Checked by: tests/test_charts.py
+Checked by: tests/draw/test_charts.py
 """
 
 import math

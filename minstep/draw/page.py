@@ -44,7 +44,7 @@ def page(
     """A chart's lines on a card as an SVG file; it is at least as wide as the title.
 
     `said`: what screen readers say of it; `width`: where the rightmost of the lines ends.
-    Checked by: tests/test_charts.py, tests/test_gallery.py
+    Checked by: tests/draw/test_charts.py, tests/docs/test_gallery.py
     """
     across, down = math.ceil(max(width, 24 + len(title) * TITLE_LETTER) + 24), math.ceil(height)
     card = rect(0.5, 0.5, across - 1, down - 1, "card", 10)

@@ -30,7 +30,7 @@ def document(
     """A whole SVG file of `size` (width, height), with what screen readers say of it.
 
     `colours` and the CSS `rules` are the figure's own, beside those that every figure has.
-    Checked by: tests/test_figures.py, tests/test_charts.py
+    Checked by: tests/docs/test_model_figure.py, tests/draw/test_charts.py
     """
     width, height = size
     head = [

@@ -19,7 +19,7 @@ class Counter(ScopedTap):
     """Counts the tokens that the router gives to each expert of each MoE layer, from its `ids`.
 
     Raises KeyError for a layer that the config has not. Sequences run at once have one each.
-    Checked by: tests/test_balance.py
+    Checked by: tests/train/test_balance.py
     """
 
     def __init__(self, config: Config) -> None:
@@ -48,7 +48,7 @@ def balance(biases: Mapping[str, Array], counts: Counts, rate: float) -> None:
     sees only which side of the mean an expert is on; one that is exactly there stays.
     Source: arXiv 2408.15664, algorithm 1; report section 2, at rate 0.001.
     Differs: Switch and Mixtral add an auxiliary loss, whose gradient disturbs that of the text.
-    Checked by: tests/test_balance.py
+    Checked by: tests/train/test_balance.py
     """
     for layer, loads in counts.items():
         bias = biases.get(f"{layer}.router_bias")

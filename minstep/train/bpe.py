@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from minstep.files import InputError
-from minstep.tokenizer import ALPHABET, BACK, FRONT
+from minstep.store.files import InputError
+from minstep.text.tokenizer import ALPHABET, BACK, FRONT
 
 SMALLEST = len(FRONT) + len(ALPHABET) + len(BACK)  # 261: one token per byte, and the special tokens
 
@@ -18,7 +18,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises InputError for fewer than 261 ids, and for a text with too little to merge.
     Source: Sennrich et al., arXiv 1508.07909; bytes and the cuts between words as in GPT-2.
     Differs: Step's own tokenizer has 128,815 ids and DeepSeek-V3's rules for the cuts.
-    Checked by: tests/test_bpe.py
+    Checked by: tests/train/test_bpe.py
     """
     if vocab_size < SMALLEST:
         raise InputError(f"a vocabulary of {vocab_size} tokens, expected at least {SMALLEST}")

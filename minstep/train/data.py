@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from minstep.files import InputError
-from minstep.tokenizer import FRONT, encode
+from minstep.store.files import InputError
+from minstep.text.tokenizer import FRONT, encode
 from minstep.train.documents import (
     Document,
     file_documents,
@@ -54,7 +54,7 @@ def split(documents: Sequence[Document]) -> Corpus:
     leaves a side empty, the last twentieth is held out. Documents quote each other: a paragraph of
     40 or more characters that a held-out one has, whatever its spaces, is taken out of the others.
     Raises InputError for fewer than two documents, and where nothing is left to train on.
-    Checked by: tests/test_data.py
+    Checked by: tests/train/test_data.py
     """
     held_out = [document for document in documents if _is_held_out(document.name)]
     if not 0 < len(held_out) < len(documents):
@@ -76,7 +76,7 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> NDA
     """The token ids [N] int32 of all documents in a row, each between a bos and an eos.
 
     Raises InputError where the tokenizer has no such tokens or cannot take a text.
-    Checked by: tests/test_data.py
+    Checked by: tests/train/test_data.py
     """
     bos, eos = (tokenizer.token_to_id(token) for token in FRONT[:2])
     if bos is None or eos is None:
@@ -99,7 +99,7 @@ def sequences(
     window and the first are not seen. It depends on the arguments alone, so that a run which is
     resumed sees what it would have seen. A step may reach into the next epoch.
     Raises InputError where the stream is shorter than a window.
-    Checked by: tests/test_data.py
+    Checked by: tests/train/test_data.py
     """
     N = len(stream)
     windows = N // length

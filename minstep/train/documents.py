@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minstep.files import InputError, read_file
+from minstep.store.files import InputError, read_file
 
 MOST_TEXT = 1 << 28  # bytes of a file: 256 MB, all of which is in memory as text and tokens
 SECTION = 4096  # characters of a section of a file, up to the next blank line
@@ -43,7 +43,7 @@ def python_documents() -> list[Document]:
     imported. A docstring that stands in several places is given where it comes first. Another
     version or build of Python has other text.
     Raises InputError when this Python has come without any.
-    Checked by: tests/test_data.py
+    Checked by: tests/train/test_data.py
     """
     documents = [Document(f"topic/{name}", _tidy(text)) for name, text in sorted(_topics())]
     seen = set[str]()
@@ -70,7 +70,7 @@ def file_documents(files: Sequence[Path]) -> list[Document]:
     stands, but for the ends of lines. A section is named file/PATH#N, from 1.
     Raises InputError for a file that cannot be read, is empty, has more than MOST_TEXT bytes or is
     not UTF-8.
-    Checked by: tests/test_data.py
+    Checked by: tests/train/test_data.py
     """
     documents = list[Document]()
     for file in files:

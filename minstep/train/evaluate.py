@@ -31,7 +31,7 @@ def bits_per_byte(
     done. Raises InputError as encode_documents does.
     Source: strided perplexity, as in transformers' documentation; bits a byte as in the Pile,
         arXiv 2101.00027, section 3.1.
-    Checked by: tests/test_evaluate.py
+    Checked by: tests/train/test_evaluate.py
     """
     nats, done, step = 0.0, 0, max(1, length // 2)
     for document in documents:

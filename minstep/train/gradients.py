@@ -6,7 +6,7 @@ tape, and only the functions that the model and its loss call have a rule: any o
 there, never a gradient that is silently lost.
 
 Source: the chain rule; each rule is checked against central differences.
-Checked by: tests/test_gradients.py
+Checked by: tests/train/test_gradients.py
 """
 
 from collections.abc import Callable, Sequence

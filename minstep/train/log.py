@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from minstep.files import InputError, read_file
+from minstep.store.files import InputError, read_file
 
 MOST_LOG = 1 << 28  # bytes of a file: two million lines
 
@@ -40,7 +40,7 @@ def read_log(file: Path) -> list[Row]:
     """The rows of a log, as precise as they are printed; lines of other form are notes.
 
     Raises InputError where the file cannot be read.
-    Checked by: tests/test_log.py
+    Checked by: tests/train/test_log.py
     """
     content = read_file(file, MOST_LOG)
     try:

@@ -25,7 +25,7 @@ def cross_entropy(logits: Array, targets: Sequence[int]) -> Array:
 
     Source: the cross-entropy of any language model; the largest logit is taken off, so that exp
         does not overflow.
-    Checked by: tests/test_loss.py
+    Checked by: tests/train/test_loss.py
     """
     return surprise(logits, targets).mean()
 
@@ -53,7 +53,7 @@ def objective(
     depths before it and into the main model.
     Source: report sections 3 and 4.1 (weight 0.3, later 0.1); DeepSeek-V3, arXiv 2412.19437,
         section 2.2, for the mean over depths. No auxiliary loss: see balance.py.
-    Checked by: tests/test_loss.py
+    Checked by: tests/train/test_loss.py
     """
     least = len(weights.mtp) + 2
     if len(tokens) < least:

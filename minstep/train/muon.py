@@ -34,7 +34,7 @@ def orthogonalised(update: Array, steps: int = 6) -> Array:
         report section D, which ran them in float16. Muon, kellerjordan.github.io/posts/muon.
     Differs: Muon's first form repeats one polynomial (3.4445, -4.7750, 2.0315) 5 times, which
         leaves singular values further from 1: docs/12-training.md computes how far.
-    Checked by: tests/test_muon.py
+    Checked by: tests/train/test_muon.py
     """
     is_tall = update.shape[-2] > update.shape[-1]
     x = update.swapaxes(-1, -2) if is_tall else update  # x x^T is then the smaller product

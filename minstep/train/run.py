@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from minstep.cli.terminal import Progress, note, print_text
 from minstep.config import Config
-from minstep.configs import read_config
 from minstep.draw.charts import line_chart, load_chart
-from minstep.files import OWNED, InputError, owned_folder
+from minstep.store.config_file import read_config
+from minstep.store.files import OWNED, InputError, owned_folder
 from minstep.tap import Array
-from minstep.terminal import Progress, note, print_text
 from minstep.train.bpe import train_tokenizer
 from minstep.train.data import Corpus, encode_documents, read_corpus
 from minstep.train.evaluate import bits_per_byte
@@ -126,7 +126,7 @@ def _check_facts(file: Path, facts: dict[str, Any], expected: dict[str, Any]) ->
 def read_rows(file: Path, facts: dict[str, Any], config: Config) -> list[Row]:
     """The rows of the log so far. Raises InputError unless they are as Run.save wrote them.
 
-    Checked by: tests/test_train.py
+    Checked by: tests/train/test_command.py
     """
     try:
         rows = [Row(step, tuple(losses), *others) for step, losses, *others in facts["rows"]]

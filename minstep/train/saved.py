@@ -9,9 +9,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from minstep.bf16 import to_bf16
-from minstep.files import InputError, atomic_file, open_file, os_reason
-from minstep.header import Data, write_tensors
+from minstep.fast.bf16 import to_bf16
+from minstep.store.files import InputError, atomic_file, open_file, os_reason
+from minstep.store.header import Data, write_tensors
 from minstep.tap import Array
 from minstep.validation import flaw
 
@@ -27,7 +27,7 @@ def save_checkpoint(
 
     Tensors are bfloat16, router biases float32, as on the hub. `raw` is the config's JSON. Raises
     InputError where a file cannot be written.
-    Checked by: tests/test_saved.py
+    Checked by: tests/train/test_saved.py
     """
     data = {
         name: Data.of(x)

@@ -10,7 +10,7 @@ def rate_at(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
     peak, and the last step gets `floor`, a share of the peak. No warm-up is one of one step; steps
     after the last stay at the floor. A run of one step goes at the peak.
     Source: stage 1 of report section D: 0 to 2.5e-4 in 2,000 steps, cosine to 5e-5, a floor of 0.2.
-    Checked by: tests/test_schedule.py
+    Checked by: tests/train/test_schedule.py
     """
     if step < warmup:
         return (step + 1) / warmup

@@ -9,7 +9,7 @@ Source: NumPy enhancement proposals 13 and 18 for the two protocols; reverse acc
         text on automatic differentiation.
 Differs: a tape that is a list somewhere needs to know when to begin; here each value knows what it
         came from, so several threads can each run a sequence of their own.
-Checked by: tests/test_tape.py
+Checked by: tests/train/test_tape.py
 """
 
 from collections.abc import Callable, Iterator

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minstep.config import Config
-from minstep.files import InputError
+from minstep.store.files import InputError
 from minstep.tap import Array
 from minstep.train.balance import Counter, Counts
 from minstep.train.loss import objective
@@ -45,7 +45,7 @@ def share(
 ) -> Result:
     """Loss, gradients and counts of `sequences` [N, T], one after the other, summed.
 
-    Checked by: tests/test_workers.py
+    Checked by: tests/train/test_workers.py
     """
     return reduce(
         added, (learned(each.tolist(), tensors, config, mtp_weight) for each in sequences)

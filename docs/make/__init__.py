@@ -1,0 +1,1 @@
+"""What draws the figures of the book and fills its pages; not installed."""

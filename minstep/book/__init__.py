@@ -1,1 +1,0 @@
-"""What the book is made of beside its text: figures, the museum of bugs, and the exercises."""

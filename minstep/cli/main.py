@@ -1,0 +1,305 @@
+"""The command line: arguments in, one function per command, results on stdout; no maths."""
+
+import argparse
+import difflib
+import io
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import numpy as np
+
+from minstep import __version__
+from minstep.cli import generate as commands
+from minstep.cli.arguments import (
+    FLOATS,
+    add_command,
+    add_model,
+    add_prompt,
+    at_least,
+    not_empty,
+    number,
+    path,
+    seed,
+)
+from minstep.cli.bench_flags import add_bench
+from minstep.cli.checking_flags import add_lab_commands
+from minstep.cli.cost import add_cost
+from minstep.cli.footgun import add_footgun
+from minstep.cli.lab import add_labs
+from minstep.cli.terminal import note
+from minstep.cli.train import add_train
+from minstep.cli.walk import add_walk
+from minstep.explore.view import add_view
+from minstep.learn.exercise import add_exercise
+from minstep.sampling import LIMITS
+from minstep.store.files import (
+    LONGEST_MESSAGE,
+    InputError,
+    check_output,
+    os_reason,
+    shown,
+)
+from minstep.text.prompt import SpecialTokens
+
+GROUPS = {  # of commands, as the help lists them
+    "run": "generate chat",
+    "look inside": "walk trace view inspect lab bench cost",
+    "compare with another engine": "record check-layer diff",
+    "learn": "exercise footgun",
+    "make a model": "make-tiny train",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, with refusals of one line that say what may have been meant."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is left over here: argparse would in the name of the whole program."""
+        known, rest = super().parse_known_args(args, namespace)
+        if rest:
+            meant = _meant(rest[0].split("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(rest)}{meant}")
+        return known, rest
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Of a wrong command say the nearest one; of another wrong choice what argparse says."""
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            known = ", ".join(action.choices)
+            meant = _meant(value, action.choices) or f", expected one of {known}"
+            self.error(f"{value}: no such command{meant}")
+        super()._check_value(action, value)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help, version or a refusal; argparse alone would hide that a disk is full."""
+        (file or sys.stderr).write(message or "")
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse wrong use in one line; argparse alone would print the whole usage."""
+        text = shown(" ".join(message.split()), LONGEST_MESSAGE)
+        self.exit(2, f"{self.prog}: {text} (see {self.prog} --help)\n")
+
+
+def _meant(given: str, known: Iterable[str]) -> str:
+    """The nearest of the `known` words as a question, nothing where none is near."""
+    near = difflib.get_close_matches(given, [*known], 1, cutoff=0.7)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command: 0 fine, 1 a mismatch, 2 wrong use or bad input, 130 after Ctrl-C.
+
+    As argparse does, --help, --version and wrong use raise SystemExit; so do SIGTERM and SIGHUP,
+    with 143 and 129. Signal handlers, streams and the way of warnings are then as before.
+    """
+    try:
+        with _streams(), _signals():
+            return _run(argv)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(argv: list[str] | None) -> int:
+    """Parse the arguments, run their command, and turn what it raises into one line and a code."""
+    try:
+        try:
+            args = _parser().parse_args(argv)
+            if sys.stdout is None:
+                raise InputError("stdout is closed, expected somewhere to write to")
+            check_output(getattr(args, "out", None), _inputs(args))
+            with np.errstate(over="ignore", invalid="ignore"):  # not finite is refused by name
+                code: int | None = args.run(args)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone; nothing more can be said
+        return 141
+    except (InputError, OSError, MemoryError) as error:
+        text = str(error) or "out of memory"
+        if isinstance(error, OSError):
+            text = f"{error.filename or 'stdout'}: {os_reason(error)}"
+        with suppress(OSError):  # stderr may be what is full
+            note(f"minstep: {' '.join(text.split())}")
+        return 2
+    return code or 0
+
+
+def _inputs(args: argparse.Namespace) -> list[Path]:
+    """The files and folders that the arguments name, but for --out."""
+    named = [value for name, value in vars(args).items() if name != "out"]
+    values = [x for value in named for x in (value if isinstance(value, list) else [value])]
+    if isinstance(config := getattr(args, "config", None), str):
+        values.append(Path(config))
+    return [value for value in values if isinstance(value, Path)]
+
+
+@contextmanager
+def _streams() -> Iterator[None]:
+    """Warnings as lines of ours, no line on stdout that belongs on a closed stderr, and no failure
+    for a character that the encoding of stdout lacks. Then all is as before.
+    """
+    out, err, showwarning = sys.stdout, sys.stderr, warnings.showwarning
+    errors = getattr(out, "errors", None)
+    try:
+        if sys.stderr is None:
+            sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="replace")
+        warnings.showwarning = lambda message, *_: note(f"minstep: {message}")
+        if isinstance(out, io.TextIOWrapper):
+            out.reconfigure(errors="replace")
+        yield
+    finally:
+        warnings.showwarning = showwarning
+        if err is None and sys.stderr is not None:
+            sys.stderr.close()
+        sys.stderr = err
+        if isinstance(out, io.TextIOWrapper):
+            with suppress(OSError):  # it flushes what stdout could not take
+                out.reconfigure(errors=errors)
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Signals that end a process end the command first, which tidies up; then all is as before.
+
+    A signal that is ignored, as by a job under nohup, stays ignored. Only the main thread can be
+    told of signals.
+    """
+
+    def end(number: int, _: Any) -> NoReturn:
+        for each in handlers:  # what tidies up is not to be interrupted in turn
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    ours = {"SIGINT": signal.default_int_handler, "SIGTERM": end, "SIGHUP": end}
+    numbers = {getattr(signal, name): ours[name] for name in ours if hasattr(signal, name)}
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {each: signal.getsignal(each) for each in numbers if is_main}
+    handlers = {each: h for each, h in before.items() if h not in (signal.SIG_IGN, None)}
+    try:
+        for each in handlers:
+            signal.signal(each, numbers[each])
+        yield
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+
+
+def _decoding_flags(
+    add: argparse.ArgumentParser, temp: float, top_p: float, most: int | None, told: str
+) -> None:
+    """The flags of every command that generates; where mlx-lm has them, names are its."""
+    add_model(add)
+    text = f"most tokens to generate ({told})"
+    add.add_argument("--max-tokens", type=at_least(0), default=most, metavar="N", help=text)
+    text = "end before this text; may be given several times"
+    add.add_argument(
+        "--stop", type=not_empty, action="append", default=[], metavar="TEXT", help=text
+    )
+    add.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
+
+    how = add.add_argument_group("sampling")
+    text = f"0 is greedy ({temp:g})"
+    from_zero = number(*LIMITS["temperature"])
+    how.add_argument("--temp", type=from_zero, default=temp, metavar="T", help=text)
+    above, text = number(*LIMITS["top_p"]), f"keep this much probability ({top_p:g})"
+    how.add_argument("--top-p", type=above, default=top_p, metavar="P", help=text)
+    text = "keep the K likeliest tokens (0, all)"
+    how.add_argument("--top-k", type=at_least(0), default=0, metavar="K", help=text)
+    within, text = number(*LIMITS["min_p"]), "as a share of the likeliest (0)"
+    how.add_argument("--min-p", type=within, default=0.0, metavar="P", help=text)
+    text = "of tokens in the text so far (1, none)"
+    positive = number(*LIMITS["repetition_penalty"])
+    how.add_argument("--repetition-penalty", type=positive, default=1.0, metavar="X", help=text)
+    how.add_argument("--seed", type=seed, default=0, metavar="N", help="of the draws (0)")
+
+    run = add.add_argument_group("decoding")
+    text = "draft with the MTP layers; greedy text stays the same (on where there are any)"
+    run.add_argument("--mtp", action=argparse.BooleanOptionalAction, default=True, help=text)
+    text = "drafts a step (one for each MTP layer)"
+    run.add_argument("--num-draft-tokens", type=at_least(0), metavar="N", help=text)
+    run.add_argument("--dtype", **FLOATS, help="of every activation")
+    text = "prompt tokens at a time, which bounds memory (512)"
+    run.add_argument("--prefill-chunk", type=at_least(1), default=512, metavar="N", help=text)
+
+
+def _special_tokens_flag(add: argparse.ArgumentParser, where: str) -> None:
+    """What becomes of special tokens that stand in messages."""
+    choices = get_args(SpecialTokens)
+    text = f"keep special tokens that {where}, as the released template does, "
+    text += "take them for plain text, or refuse them (released)"
+    add.add_argument("--special-tokens", choices=choices, default=choices[0], help=text)
+
+
+def _generate_flags(add: argparse.ArgumentParser) -> None:
+    """The flags of generate alone: where the prompt comes from, and what is printed."""
+    messages = "a conversation, as a JSON array of messages"
+    add_prompt(add).add_argument("--chat-messages", type=path, metavar="FILE.json", help=messages)
+    tools = "what the model may call, as a JSON array; with --chat-messages"
+    add.add_argument("--tools", type=path, metavar="FILE.json", help=tools)
+    _special_tokens_flag(add, "stand in --chat-messages and --tools")
+    _decoding_flags(add, temp=0.0, top_p=1.0, most=100, told="100")
+    logs = "log-probabilities of each token and of the N likeliest"
+    add.add_argument("--logprobs", type=at_least(0), default=0, metavar="N", help=logs)
+    show = "print each forward pass: its drafts, those that were kept in [], and its tokens"
+    add.add_argument("--show-drafts", action="store_true", help=show)
+    add.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="minstep",
+        usage="minstep [-h] [--version] COMMAND ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="start with: minstep walk\nflags and an example of each: minstep COMMAND --help",
+    )
+    version = f"minstep {__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    parser.set_defaults(run=lambda _: parser.print_help())
+    listed = parser.add_subparsers(prog="minstep", metavar="COMMAND", help=argparse.SUPPRESS)
+    texts: dict[str, str] = {}
+
+    def command(name: str, run: Callable[..., int | None], text: str, example: str) -> Any:
+        texts[name] = text
+        return add_command(listed, name, run, text, f"{name} {example}")
+
+    example = '--prompt "Once" --max-tokens 20'
+    add = command("generate", commands.run_generate, "continue a prompt", example)
+    _generate_flags(add)
+
+    example = '--system "Answer briefly" --hide-thinking'
+    add = command("chat", commands.run_chat, "talk with the model", example)
+    text = "what the model is told before all else"
+    add.add_argument("--system", "--system-prompt", metavar="TEXT", help=text)
+    tools = "what the model may call, as a JSON array"
+    add.add_argument("--tools", type=path, metavar="FILE.json", help=tools)
+    _special_tokens_flag(add, "stand in messages")
+    text = "show answers without the thinking before them"
+    add.add_argument("--hide-thinking", action="store_true", help=text)
+    most = f"{commands.ANSWER}; {commands.PIECE} where the model only continues a text"
+    _decoding_flags(add, temp=0.6, top_p=0.95, most=None, told=most)
+
+    add_train(command)
+    add_lab_commands(command)
+    add_bench(command)
+    add_cost(command)
+    add_labs(command)
+    add_footgun(command)
+    add_view(command)
+    add_exercise(command)
+    add_walk(command)
+    parser.description = _listing(texts)
+    return parser
+
+
+def _listing(texts: dict[str, str]) -> str:
+    """What the commands are for, by group."""
+    lines = ["Step 3.5 Flash in plain NumPy."]
+    for group, names in GROUPS.items():
+        lines += ["", f"{group}:", *(f"  {name:13}{texts[name]}" for name in names.split())]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Watching a model at work: walk, trace page, logit lens, drafts and experts."""

@@ -1,0 +1,1 @@
+"""Faster forms and stored weights: nobody needs to read them to understand the model."""

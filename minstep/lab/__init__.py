@@ -1,1 +1,0 @@
-"""Looks at the model from outside; the model never imports it."""

@@ -1,0 +1,1 @@
+"""Learning by doing: exercises by chapter, and the museum of bugs."""

@@ -1,0 +1,1 @@
+"""Holding this model against another implementation: recordings, comparisons, known bugs."""

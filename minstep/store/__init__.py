@@ -1,0 +1,1 @@
+"""Files: configurations, checkpoints, their tensors and layouts."""

@@ -1,0 +1,1 @@
+"""Text to tokens and back: tokenizer, prompt format, replies and tool calls."""

@@ -1,0 +1,63 @@
+"""What a run leaves on disk: a checkpoint, and a state."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import minstep
+from minstep.fast.bf16 import BF16Array, to_bf16
+from minstep.store.config_file import read_config
+from minstep.store.files import InputError
+from minstep.text.tokenizer import byte_level_tokenizer
+from minstep.train.saved import STATE, load_state, save_checkpoint, save_state
+from minstep.weights import random_tensors
+from tests.conftest import Refused
+
+
+def test_a_checkpoint_is_bfloat16_with_float32_biases(tmp_path: Path) -> None:
+    raw, config, _ = read_config("tiny")
+    tensors = {
+        n: x * np.float32(1.001) for n, x in random_tensors(config, np.random.default_rng(1))
+    }
+    save_checkpoint(tmp_path, tensors, raw, byte_level_tokenizer())
+    opened = minstep.open_checkpoint(tmp_path)
+    assert not opened.config.can_chat
+    for name, x in tensors.items():
+        exact = x if name.endswith("router_bias") else np.asarray(BF16Array(to_bf16(x)))
+        assert (np.asarray(opened.get(name, x.shape)) == exact).all(), name
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    state = {"a": rng.standard_normal((3, 2), np.float32), "step": np.array(7), "b": rng.random(4)}
+    save_state(tmp_path, state, {"rows": [[1, [0.1, 1e-30]]]})
+    again, facts = load_state(tmp_path)
+    assert facts == {"rows": [[1, [0.1, 1e-30]]]}
+    for name, x in state.items():
+        assert again[name].dtype == x.dtype and np.array_equal(again[name], x)
+
+
+@pytest.mark.parametrize("end", [0, 4, 60, -3])
+def test_a_damaged_state_is_named(tmp_path: Path, end: int) -> None:
+    save_state(tmp_path, {"a": np.ones(5)}, {})
+    file = tmp_path / STATE
+    file.write_bytes(file.read_bytes()[:end])
+    with pytest.raises(InputError, match=STATE):
+        load_state(tmp_path)
+
+
+def test_a_missing_state_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"{STATE}: is missing"):
+        load_state(tmp_path)
+
+
+def test_make_tiny_does_not_take_a_trained_checkpoint_for_its_own(
+    tmp_path: Path, refused: Refused
+) -> None:
+    raw, config, _ = read_config("tiny")
+    tensors = dict(random_tensors(config, np.random.default_rng(1)))
+    save_checkpoint(tmp_path, tensors, raw, byte_level_tokenizer())
+    refused("make-tiny", "tiny", "--out", tmp_path, naming=("model.safetensors", "did not write"))
