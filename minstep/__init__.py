@@ -61,23 +61,22 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if TYPE_CHECKING:
     from typing import Any
 
-    from minstep.config import load_config
+    from minstep.errors import InputError
     from minstep.generate import generate, steps
     from minstep.model import decoder, head
     from minstep.mtp import mtp_forward
     from minstep.sampling import Sampling
     from minstep.store.checkpoint import open_checkpoint
-    from minstep.store.config_file import find_config
-    from minstep.store.files import InputError
+    from minstep.store.config_file import find_config, load_config
     from minstep.weights import random_weights
 
 # The module of each name. It is imported when the name is first used: the command line must be
 # ready for Ctrl-C before it loads NumPy.
 _MODULES = {
     "open_checkpoint": "store.checkpoint",
-    "load_config": "config",
+    "load_config": "store.config_file",
     "find_config": "store.config_file",
-    "InputError": "store.files",
+    "InputError": "errors",
     "generate": "generate",
     "steps": "generate",
     "decoder": "model",

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from minstep.config import LayerSpec
-from minstep.store.files import InputError
+from minstep.errors import InputError
 from minstep.tap import Array
 from minstep.validation import check_integer
 

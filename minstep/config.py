@@ -15,14 +15,10 @@ Differs: the class defaults of the released configuration disagree with the rele
 Checked by: tests/model/test_config.py
 """
 
-import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from minstep.keys import Keys, read_json
+from minstep.keys import Keys
 from minstep.quantization import Quantization, parse_quantization
-from minstep.store.files import InputError
-from minstep.store.layouts import hub_config
 
 MOST_LAYERS = 10_000
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -92,15 +88,6 @@ class Config(NamedTuple):
     can_chat: bool
     layers: tuple[LayerSpec, ...]
     mtp_layers: tuple[LayerSpec, ...]
-
-
-def load_config(path: Path | str) -> Config:
-    """Read `path`, a config.json or the folder that holds one. Raises InputError naming the key."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise InputError(f"the path of a config is a {type(path).__name__}, expected a path")
-    path = Path(path)
-    file = path / "config.json" if os.path.isdir(path) else path
-    return parse_config(hub_config(read_json(file), str(file)), str(file))
 
 
 def parse_config(raw: dict[str, Any], source: str = "config.json") -> Config:

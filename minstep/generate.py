@@ -8,10 +8,10 @@ from numpy.typing import DTypeLike
 
 from minstep.cache import FullCache, new_caches
 from minstep.config import Config
+from minstep.errors import InputError
 from minstep.model import ModelWeights, decoder, head
 from minstep.mtp import Drafter
 from minstep.sampling import GREEDY, Sampling, verify
-from minstep.store.files import InputError
 from minstep.tap import Array
 from minstep.validation import (
     check_float,

@@ -9,13 +9,13 @@ from numpy.typing import DTypeLike
 from minstep.attention import AttentionWeights, self_attention
 from minstep.cache import FullCache, check_caches
 from minstep.config import Config, LayerSpec, RopeSpec
+from minstep.errors import InputError
 from minstep.fast.pages import check
 from minstep.linear import Weight, as_float, linear
 from minstep.mlp import MLPWeights, swiglu
 from minstep.moe import MoEWeights, moe
 from minstep.norm import rms_norm
 from minstep.rope import Rotation, rotation
-from minstep.store.files import InputError
 from minstep.tap import Array, Tap, silent
 from minstep.validation import (
     NotFinite,

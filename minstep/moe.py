@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from minstep.activations import sigmoid
 from minstep.config import MoESpec
+from minstep.errors import InputError
 from minstep.fast.pages import check, reads_disk, will_need
 from minstep.fast.threads import LARGE, each, scratch
 from minstep.linear import Weight, as_float, linear
 from minstep.mlp import MLPWeights, swiglu
-from minstep.store.files import InputError
 from minstep.tap import Array, Tap, silent
 from minstep.validation import check_finite
 

@@ -7,12 +7,12 @@ from numpy.typing import DTypeLike
 
 from minstep.cache import FullCache, new_caches
 from minstep.config import Config, LayerSpec
+from minstep.errors import InputError
 from minstep.linear import Weight, linear
 from minstep.model import ModelWeights, MTPWeights, block, embed, rotations
 from minstep.norm import rms_norm
 from minstep.rope import Rotation
 from minstep.sampling import Sampling, distribution, draw
-from minstep.store.files import InputError
 from minstep.tap import Array, Tap, silent
 from minstep.validation import NotFinite, check_finite, check_ids, check_states, integer_ids
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minstep.activations import softmax
-from minstep.store.files import InputError
+from minstep.errors import InputError
 from minstep.tap import Array
 from minstep.validation import Limits, check_ids, check_integer, check_number, integer_ids
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from minstep.store.files import InputError
+from minstep.errors import InputError
 from minstep.tap import Array
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))  # what the model computes in

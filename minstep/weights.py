@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 
 from minstep.attention import AttentionWeights
 from minstep.config import Config, LayerSpec
+from minstep.errors import InputError
 from minstep.fast.bf16 import BF16Array, to_bf16
 from minstep.linear import Weight
 from minstep.mlp import MLPWeights
 from minstep.model import BlockWeights, ModelWeights, MTPWeights
 from minstep.moe import MoEWeights
-from minstep.store.files import InputError
 from minstep.validation import check_generator
 
 Shape = tuple[int, ...]

@@ -15,8 +15,8 @@ from minstep.draw.charts import Point, line_chart
 from minstep.fast.bf16 import BF16Array, to_bf16
 from minstep.fast.fp8 import FP8Array, to_fp8
 from minstep.mlp import MLPWeights, swiglu
-from minstep.parity.names import spans
 from minstep.rope import inverse_frequencies
+from minstep.store.stages import spans
 from minstep.tap import Array
 
 REACH = 20  # of the SwiGLU's inputs, on both sides

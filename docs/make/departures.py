@@ -14,7 +14,8 @@ from minstep.fast.bf16 import BF16Array, to_bf16
 from minstep.model import ModelWeights, decoder
 from minstep.parity.compare import TOLERANCES, compare
 from minstep.parity.known_bugs import Footgun, variant
-from minstep.parity.trace import EMBEDDING, Recorder, Trace
+from minstep.parity.trace import Recorder, Trace
+from minstep.store.stages import EMBEDDING
 from minstep.tap import Array
 
 Round = Callable[[Array], Array]

@@ -16,13 +16,13 @@ from docs.make.masks import masks_svg
 from docs.make.model_figure import model_svg
 from docs.make.routes import router_cut_svg, router_map_svg, routing
 from docs.make.timeline import sampling_svg, timeline_svg
-from minstep.config import Config, load_config
+from minstep.config import Config
 from minstep.cost.chart import roofline_svg
 from minstep.model import ModelWeights, decoder, head
 from minstep.parity.known_bugs import FOOTGUNS
 from minstep.sampling import Sampling
 from minstep.store.checkpoint import open_checkpoint
-from minstep.store.config_file import find_config
+from minstep.store.config_file import find_config, load_config
 from minstep.store.files import atomic_file
 from minstep.text.tokenizer import encode, load_tokenizer, text_of
 

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from minstep.cli.footgun import agreed, error, kept, number, one_line, setting_text
-from minstep.config import load_config
 from minstep.learn.damage import TIGHTER
 from minstep.learn.exhibits import DECODING, DRAFTS, FILES, Exhibit
 from minstep.learn.museum import EXHIBITS, changes, measured_all, ways
 from minstep.parity.compare import TOLERANCES
-from minstep.store.config_file import find_config
+from minstep.store.config_file import find_config, load_config
 
 HEAD = """\
 # 13. The footgun museum

@@ -8,6 +8,7 @@ import numpy as np
 
 from minstep.bench.timing import read_rate, seconds
 from minstep.config import LayerSpec
+from minstep.errors import InputError
 from minstep.fast.pages import DONTNEED
 from minstep.fast.threads import THREADS
 from minstep.linear import as_float
@@ -15,7 +16,6 @@ from minstep.mlp import swiglu
 from minstep.model import BlockWeights
 from minstep.moe import moe
 from minstep.store.checkpoint import Checkpoint
-from minstep.store.files import InputError
 from minstep.tap import Array
 from minstep.weights import block_weights
 

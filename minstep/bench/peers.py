@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minstep.store.files import LONGEST_MESSAGE, shown
+from minstep.errors import LONGEST_MESSAGE, shown
 
 SCRIPT = Path(__file__).with_name("peer.py")
 FLOATS = ("float32", "bfloat16")  # that a peer computes in

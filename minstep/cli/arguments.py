@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from minstep.cli.terminal import LONGEST_TEXT
+from minstep.errors import InputError
 from minstep.store.config_file import find_config
-from minstep.store.files import InputError, os_reason
+from minstep.store.files import os_reason
 
 MODEL = "checkpoint in hub layout, or a shipped name (trained, the small model shipped here)"
 FLOATS: dict[str, Any] = {"choices": ("float32", "float64"), "default": "float32"}

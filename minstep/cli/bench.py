@@ -30,12 +30,12 @@ from minstep.bench.report import (
 from minstep.bench.timing import Found, idle_share, memory_rates
 from minstep.bench.training import training
 from minstep.cli.terminal import Progress, print_json, print_text, wrote
-from minstep.config import load_config
+from minstep.errors import InputError
 from minstep.fast.threads import THREADS
-from minstep.keys import read_json
 from minstep.store.checkpoint import open_checkpoint
-from minstep.store.config_file import find_config
-from minstep.store.files import InputError, check_space, owned_folder
+from minstep.store.config_file import find_config, load_config
+from minstep.store.files import check_space, owned_folder
+from minstep.store.json_file import read_json
 from minstep.store.random_checkpoint import Form, needed_space, save_random
 
 Case = Callable[[Setup], Found]

@@ -8,20 +8,19 @@ import numpy as np
 
 from minstep.cli.generate import open_model, prompt_tokens
 from minstep.cli.terminal import note, print_json, print_text, wrote
-from minstep.config import load_config
+from minstep.errors import InputError, shown
 from minstep.generate import check_prompt, steps
 from minstep.parity.checks import Checks, check_layers, checkable, checks_json, checks_table
 from minstep.parity.diff import Report, as_json, diff, diff_table, layer_of, verdict
 from minstep.parity.explain import not_tried
 from minstep.parity.facts import metadata
-from minstep.parity.names import split
 from minstep.parity.record import plan, record_file
 from minstep.parity.recording import open_recording
 from minstep.parity.router_ties import routers_of
 from minstep.parity.trace import record, save_trace
 from minstep.store.checkpoint import open_checkpoint
-from minstep.store.config_file import find_config, read_config
-from minstep.store.files import InputError, atomic_file, check_space, shown
+from minstep.store.config_file import find_config, load_config, read_config
+from minstep.store.files import atomic_file, check_space
 from minstep.store.inspect import inspect, table
 from minstep.store.random_checkpoint import Form, needed_space, save_random
 from minstep.store.shards import (
@@ -32,6 +31,7 @@ from minstep.store.shards import (
     shards_report,
     shards_table,
 )
+from minstep.store.stages import split
 from minstep.text.continuation import Continuation
 from minstep.text.tokenizer import load_tokenizer
 from minstep.weights import tensor_shapes

@@ -7,14 +7,14 @@ from typing import Any
 
 from minstep.cli.arguments import at_least, not_empty, number, path
 from minstep.cli.terminal import print_json, print_text, wrote
-from minstep.config import load_config
 from minstep.cost.chart import MOST, roofline_svg
 from minstep.cost.count import FORMS
 from minstep.cost.hardware import HARDWARE, find_hardware, measure
 from minstep.cost.report import Wanted, report
 from minstep.cost.text import cost_text
-from minstep.store.config_file import find_config
-from minstep.store.files import InputError, atomic_file
+from minstep.errors import InputError
+from minstep.store.config_file import find_config, load_config
+from minstep.store.files import atomic_file
 
 
 def add_cost(command: Callable[..., Any]) -> None:

@@ -22,13 +22,13 @@ from minstep.cli.terminal import (
     summary,
 )
 from minstep.config import Config
+from minstep.errors import InputError
 from minstep.generate import Step, check_prompt, steps
-from minstep.keys import read_json
 from minstep.model import ModelWeights
 from minstep.sampling import Sampling
 from minstep.store.checkpoint import Checkpoint, open_checkpoint
 from minstep.store.config_file import find_config
-from minstep.store.files import InputError
+from minstep.store.json_file import read_json
 from minstep.text.continuation import Continuation
 from minstep.text.conversation import Conversation, Story, talk
 from minstep.text.prompt import parse, render

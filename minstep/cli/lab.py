@@ -18,6 +18,7 @@ from minstep.cli.generate import Model, open_model
 from minstep.cli.terminal import Progress, print_json, print_text
 from minstep.config import Config
 from minstep.draw.charts import bar_chart, load_chart
+from minstep.errors import InputError
 from minstep.explore.acceptance import WAYS, agreements, beginnings, draft, mtp_report, mtp_table
 from minstep.explore.bits import bits_report, bits_table
 from minstep.explore.expert_loads import (
@@ -27,8 +28,8 @@ from minstep.explore.expert_loads import (
     router_table,
     without_bias,
 )
-from minstep.parity.names import spans
-from minstep.store.files import InputError, atomic_file, check_output
+from minstep.store.files import atomic_file, check_output
+from minstep.store.stages import spans
 from minstep.text.tokenizer import text_of
 from minstep.train.data import encode_documents, read_corpus
 from minstep.train.documents import file_documents

@@ -36,16 +36,11 @@ from minstep.cli.lab import add_labs
 from minstep.cli.terminal import note
 from minstep.cli.train import add_train
 from minstep.cli.walk import add_walk
+from minstep.errors import LONGEST_MESSAGE, InputError, shown
 from minstep.explore.view import add_view
 from minstep.learn.exercise import add_exercise
 from minstep.sampling import LIMITS
-from minstep.store.files import (
-    LONGEST_MESSAGE,
-    InputError,
-    check_output,
-    os_reason,
-    shown,
-)
+from minstep.store.files import check_output, os_reason
 from minstep.text.prompt import SpecialTokens
 
 GROUPS = {  # of commands, as the help lists them

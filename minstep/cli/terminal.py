@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from minstep.store.files import LONGEST_MESSAGE, InputError, os_reason, printable, shown
+from minstep.errors import LONGEST_MESSAGE, InputError, printable, shown
+from minstep.store.files import os_reason
 from minstep.text.continuation import Pass
 from minstep.text.prompt import Event
 

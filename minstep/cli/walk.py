@@ -15,17 +15,16 @@ import numpy as np
 from minstep.cli.arguments import FLOATS, add_model, add_prompt, at_least
 from minstep.cli.generate import note_shipped, open_model, prompt_tokens
 from minstep.cli.terminal import Progress, json_text, note, print_json, print_text
+from minstep.errors import InputError, printable
 from minstep.explore.decided import LETTERS
 from minstep.explore.steps import SHOWN, Report, last_stage, take_walk, walk_report
 from minstep.generate import check_prompt
-from minstep.keys import read_json
 from minstep.model import ModelWeights
-from minstep.parity.names import split
-from minstep.parity.trace import stages
 from minstep.store.checkpoint import Checkpoint
 from minstep.store.config_file import read_config
-from minstep.store.files import InputError, printable
-from minstep.store.shards import needs, numbered, some_weights
+from minstep.store.json_file import read_json
+from minstep.store.shards import numbered
+from minstep.store.stages import needs, some_weights, split, stages
 
 PROMPT = "The with statement"
 NEAR = 12  # tokens shown on each side of the one that is followed

@@ -12,7 +12,7 @@ from functools import cache
 from typing import NamedTuple
 
 from minstep.config import Config, LayerSpec, MoESpec
-from minstep.store.inspect import layer_number
+from minstep.store.stages import layer_number
 from minstep.weights import tensor_shapes
 
 SCORES = "scores and values"  # the part of attention that multiplies no weight

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minstep.errors import InputError
 from minstep.fast.threads import THREADS, each
-from minstep.store.files import InputError
 
 # What of a device's figures a decoder reaches, one value for all models and devices:
 READS = 0.9  # of the bandwidth: 3000 of 3350 GB/s, FlashMLA's README

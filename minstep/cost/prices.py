@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from minstep.store.files import InputError
+from minstep.errors import InputError
 
 MILLION = 1_000_000
 LONGEST, MOST_OUTPUT = 262_144, 65_536  # tokens that the API allows: in all, and of one answer

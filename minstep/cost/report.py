@@ -6,7 +6,7 @@ Checked by: tests/cost/test_command.py
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minstep.config import Config, load_config
+from minstep.config import Config
 from minstep.cost.count import (
     FORMS,
     SCORES,
@@ -34,8 +34,8 @@ from minstep.cost.roofline import (
     tokens_per_pass,
 )
 from minstep.cost.serving import count_within, predicted, published
-from minstep.store.config_file import find_config
-from minstep.store.files import InputError
+from minstep.errors import InputError
+from minstep.store.config_file import find_config, load_config
 from minstep.store.inspect import inspect
 
 CONTEXTS, MIDDLE = (4096, 32_768, 131_072, 262_144), 32_768

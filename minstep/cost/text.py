@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from minstep.cost.count import SCORES
-from minstep.store.files import shown
+from minstep.errors import shown
 
 RELEASED = 199_384_301_376  # parameters in the released files, whose announced figures are told
 OFF = 0.2  # share by which a prediction misses before its cause is told

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minstep.store.files import InputError
+from minstep.errors import InputError
 from minstep.tap import Array
 
 ORDERS = 6, 12  # an ordinary one, and one after which longer contexts hardly help

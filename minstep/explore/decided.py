@@ -8,7 +8,7 @@ Checked by: tests/explore/test_walk.py
 from typing import Any, NamedTuple
 
 from minstep.config import Config, LayerSpec
-from minstep.parity.names import split
+from minstep.store.stages import split
 
 # The letters of shapes, and what each counts.
 LETTERS = {

@@ -11,10 +11,10 @@ from numpy.typing import DTypeLike, NDArray
 
 from minstep.config import Config
 from minstep.draw.charts import LOW
+from minstep.errors import InputError
 from minstep.model import ModelWeights, decoder
 from minstep.moe import Choice
 from minstep.parity.trace import Recorder, Trace
-from minstep.store.files import InputError
 from minstep.tap import Array
 
 Counts = NDArray[np.integer[Any]]

@@ -12,14 +12,12 @@ from tokenizers import Tokenizer
 
 from minstep.activations import softmax
 from minstep.config import Config
+from minstep.errors import InputError
 from minstep.model import ModelWeights, head
 from minstep.parity.facts import Facts, layer_facts
-from minstep.parity.names import split
 from minstep.parity.recording import Recording
-from minstep.parity.trace import EMBEDDING, HEAD
 from minstep.store.checkpoint import Checkpoint
-from minstep.store.files import InputError
-from minstep.store.shards import some_weights
+from minstep.store.stages import EMBEDDING, HEAD, some_weights, split
 from minstep.tap import Array
 from minstep.text.tokenizer import load_tokenizer
 

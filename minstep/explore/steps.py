@@ -18,9 +18,9 @@ from minstep.explore.decided import deciding, point_of, sizes
 from minstep.generate import check_prompt
 from minstep.model import ModelWeights
 from minstep.parity.choice import before
-from minstep.parity.names import split
-from minstep.parity.trace import MOST_PROBS, finite, stages, walk
+from minstep.parity.trace import MOST_PROBS, finite, walk
 from minstep.sampling import Sampling, distribution
+from minstep.store.stages import split, stages
 from minstep.tap import Array, ScopedTap
 from minstep.text.tokenizer import text_of
 

@@ -19,14 +19,15 @@ from minstep.activations import sigmoid
 from minstep.attention import visible
 from minstep.cli.arguments import add_model, path
 from minstep.cli.terminal import wrote
+from minstep.errors import InputError
 from minstep.explore.logit_lens import LensModel, lens, open_lens
 from minstep.parity.facts import Facts, LayerFacts, layer_facts, piece, read_facts
-from minstep.parity.names import axes, mtp_depths, split
+from minstep.parity.names import axes, mtp_depths
 from minstep.parity.recording import Recording, check_forms, open_recording
-from minstep.parity.trace import EMBEDDING
 from minstep.store.checkpoint import open_checkpoint
 from minstep.store.config_file import find_config
-from minstep.store.files import InputError, atomic_file
+from minstep.store.files import atomic_file
+from minstep.store.stages import EMBEDDING, split
 from minstep.tap import Array
 from minstep.text.tokenizer import BACK, FRONT
 

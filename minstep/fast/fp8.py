@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from minstep.errors import InputError
 from minstep.fast.threads import scratch
-from minstep.store.files import InputError
 
 LARGEST = 448.0  # the largest finite value
 # A code in the upper bits of a float32, the sign over the top bit, exponent and mantissa where

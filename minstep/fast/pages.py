@@ -13,14 +13,19 @@ Checked by: tests/fast/test_pages.py
 
 import math
 import mmap
-import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from minstep.store.files import InputError, open_file, os_reason, resource
-from minstep.store.header import Header, identity
+from minstep.errors import InputError
+
+resource: ModuleType | None
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 LIMIT = 1 << 30  # bytes of maps that stay resident: 1 GB, about two layers at one token
 SMALL = 1 << 18  # elements of a tensor that is copied, 1 MB of float32: larger ones stay mapped
@@ -40,23 +45,11 @@ class Pages:
         self.asks = True  # whether weights are asked for ahead of use
         self.read: int | None = None  # blocks this process had read from disk at the last request
 
-    def map(self, file: Path, header: Header | None = None) -> "Map":
-        """The whole file, mapped read-only; pages are read when touched.
-
-        Raises InputError where it cannot be, and where it is not the file that had this header.
-        """
-        with open_file(file) as opened:
-            status = os.fstat(opened.fileno())
-            if header is not None and identity(status) != header.identity:
-                raise InputError(f"{file}: was changed while it was opened, expected it to stay")
-            try:
-                mapped = Map(opened.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:  # an empty file is a ValueError
-                raise InputError(f"{file}: cannot be mapped: {os_reason(error)}") from error
+    def add(self, mapped: "Map", file: Path) -> None:
+        """Count a new map of `file` among these."""
         mapped.pages, mapped.file = self, file
         mapped.address = np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
         self.maps.append(mapped)
-        return mapped
 
 
 class Map(mmap.mmap):

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from minstep.config import Config, LayerSpec
+from minstep.errors import InputError
 from minstep.explore.acceptance import Way, draft, worth
 from minstep.learn.exhibits import END, TIGHT
 from minstep.linear import Weight
@@ -21,7 +22,6 @@ from minstep.parity.explain import leading
 from minstep.parity.known_bugs import IN_DRAFTER, Footgun, Variant, variant
 from minstep.parity.trace import Recorder, Trace
 from minstep.store.checkpoint import Checkpoint
-from minstep.store.files import InputError
 from minstep.tap import Array, ScopedTap, Tap
 from minstep.train.loss import surprise
 from minstep.weights import Shape
@@ -148,7 +148,7 @@ class Patient:
                 self._weights[name, shape] = np.asarray(weight, self.dtype)
             return self._weights[name, shape]
 
-        config: Config = chain.config.load_config(self.checkpoint.path)
+        config: Config = chain.config_file.load_config(self.checkpoint.path)
         depths = len(self.checkpoint.config.mtp_layers)  # fewer, where no tensor is of any
         config = config._replace(mtp_layers=config.mtp_layers[:depths])
         weights = chain.weights.assemble(config, get, self.checkpoint.has_own_heads())

@@ -16,17 +16,18 @@ import numpy as np
 
 from minstep.cli.arguments import at_least, path, seed
 from minstep.cli.terminal import print_text, wrote
+from minstep.errors import InputError, printable
 from minstep.learn.lessons import EXERCISES, PLANT
 from minstep.parity.copies import Find, copies, source
 from minstep.parity.known_bugs import ALL, EVERY, is_plantable, planted
-from minstep.store.files import InputError, atomic_folder, printable
+from minstep.store.files import atomic_folder
 
 # What may lie in a reader's folder or imports such a file, in the order of their imports.
 CHAIN = (
-    "config fast.bf16 fast.fp8 norm rope cache activations attention mlp moe model sampling mtp "
-    "generate weights store.random_checkpoint store.checkpoint text.reply text.prompt "
-    "text.tokenizer store.inspect parity.compare train.gradients train.tape train.loss "
-    "train.schedule train.muon train.balance"
+    "config store.config_file fast.bf16 fast.fp8 norm rope cache activations attention mlp moe "
+    "model sampling mtp generate weights store.random_checkpoint store.checkpoint text.reply "
+    "text.prompt text.tokenizer store.inspect parity.compare train.gradients train.tape "
+    "train.loss train.schedule train.muon train.balance"
 ).split()
 PLANTED_IN = ("config", "norm", "rope", "attention", "mlp", "moe", "model", "mtp", "weights")
 BUGS = [bug for bug in ALL if bug.module in PLANTED_IN]

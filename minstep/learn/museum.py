@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from tokenizers import Tokenizer
 
+from minstep.errors import InputError
 from minstep.learn.damage import Damage, Patient
 from minstep.learn.exhibits import ANGLES, TIGHT, Exhibit
 from minstep.learn.exhibits_decoding import BESIDE
@@ -21,7 +22,6 @@ from minstep.parity.copies import source
 from minstep.parity.known_bugs import EVERY, IN_DRAFTER, Footgun, planted
 from minstep.store.checkpoint import Checkpoint, open_checkpoint
 from minstep.store.config_file import find_config
-from minstep.store.files import InputError
 from minstep.text.tokenizer import load_tokenizer
 from minstep.train.data import encode_documents
 from minstep.train.documents import Document

@@ -11,13 +11,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from minstep.keys import read_json
+from minstep.errors import InputError
 from minstep.parity.known_bugs import UNSEEN, Footgun, variant
-from minstep.parity.names import spans
 from minstep.store.checkpoint import INDEX
 from minstep.store.config_file import find_config, read_config
-from minstep.store.files import InputError
+from minstep.store.json_file import read_json
 from minstep.store.random_checkpoint import Form, save_random
+from minstep.store.stages import spans
 from minstep.weights import tensor_shapes
 
 ODD = "model-00002.safetensors"  # what the released checkpoint calls one of its shards
@@ -58,7 +58,7 @@ def moe_layers(footguns: tuple[Footgun, ...]) -> list[str]:
     """Which layers of the released config have experts, and which tensors are asked for."""
     lines, stored = [], set[str]()
     for footgun in (None, *footguns):
-        config = variant(footgun).config.load_config(find_config("step-3.5-flash"))
+        config = variant(footgun).config_file.load_config(find_config("step-3.5-flash"))
         layers = [n for n, spec in enumerate(config.layers) if spec.moe]
         asked = set(tensor_shapes(config))
         stored = stored or asked

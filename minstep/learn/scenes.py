@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from minstep.config import Config
+from minstep.errors import InputError
 from minstep.parity.compare import TOLERANCES, compare
 from minstep.parity.copies import Find, copies
 from minstep.parity.trace import Recorder, Trace
 from minstep.store.config_file import read_config
-from minstep.store.files import InputError
 from minstep.tap import Array
 from minstep.validation import flaw
 from minstep.weights import Get, Shape, random_rows

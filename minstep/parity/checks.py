@@ -11,17 +11,17 @@ from numpy.typing import DTypeLike
 
 from minstep.cli.terminal import Progress
 from minstep.config import LayerSpec
+from minstep.errors import InputError, shown
 from minstep.parity.compare import Comparison
 from minstep.parity.diff import Report, describe, diff_table, row_json
 from minstep.parity.explain import explain, looks_like, not_tried
 from minstep.parity.known_bugs import ALL, Footgun, is_plantable
 from minstep.parity.layer import Checked, check_layer
-from minstep.parity.names import axes, spans, split
+from minstep.parity.names import axes
 from minstep.parity.recording import Recording, check_forms
 from minstep.parity.rerun import input_names
-from minstep.parity.trace import EMBEDDING
 from minstep.store.checkpoint import Checkpoint
-from minstep.store.files import InputError, shown
+from minstep.store.stages import EMBEDDING, spans, split
 from minstep.validation import NotFinite
 
 

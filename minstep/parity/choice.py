@@ -9,8 +9,9 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from minstep.config import Config, LayerSpec, RopeSpec
-from minstep.parity.trace import EMBEDDING, HEAD, Recorder, Stage, Trace, stages, walk
-from minstep.store.files import InputError
+from minstep.errors import InputError
+from minstep.parity.trace import Recorder, Trace, walk
+from minstep.store.stages import EMBEDDING, HEAD, Stage, stages
 from minstep.weights import random_weights
 
 ASIDE = (".probs", ".input")  # recorded only where a glob names them

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minstep.parity.names import split
+from minstep.store.stages import split
 from minstep.tap import Array
 
 # By what an engine computed in: the largest error that is rounding, as a share of the tensor's

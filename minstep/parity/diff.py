@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minstep.config import Config
+from minstep.errors import InputError, shown
 from minstep.parity.compare import Comparison
 from minstep.parity.facts import common_beginning, depths
-from minstep.parity.names import mtp_layers, split
+from minstep.parity.names import mtp_layers
 from minstep.parity.pairs import align, compare_all, tolerance_of
 from minstep.parity.recording import Recording, check_forms
 from minstep.parity.router_ties import Choice, Routers, recorded_choice
-from minstep.store.files import InputError, shown
+from minstep.store.stages import split
 
 STARTS = ("model.embed_tokens", "model.layers.0.input_layernorm")  # nothing of the port is in them
 

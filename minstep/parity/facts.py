@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from minstep.config import FULL, SLIDING, Config
-from minstep.parity.names import mtp_depths, split
+from minstep.errors import InputError
+from minstep.parity.names import mtp_depths
 from minstep.parity.recording import Recording
-from minstep.store.files import InputError
+from minstep.store.stages import split
 from minstep.text.continuation import Pass
 from minstep.text.tokenizer import text_of
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minstep.config import Config
-from minstep.parity.names import is_wrapper, places, split, sums_experts
-from minstep.store.files import InputError, shown
+from minstep.errors import InputError, shown
+from minstep.parity.names import is_wrapper, places, sums_experts
+from minstep.store.stages import split
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")  # in the order in which they are fused
 Shapes = Mapping[str, tuple[int, ...]]

@@ -10,12 +10,13 @@ from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
+from minstep.errors import InputError
 from minstep.parity.copies import copies, source
-from minstep.store.files import InputError
 
 # The files that compute a layer, decode, load and read text, in the order of their imports.
 CHAIN = (
-    "config norm rope cache attention mlp moe model sampling mtp generate weights store.checkpoint text.reply"
+    "config store.config_file norm rope cache attention mlp moe model sampling mtp generate weights "
+    "store.checkpoint text.reply"
 ).split()
 
 
@@ -36,7 +37,7 @@ class Footgun(NamedTuple):
 class Variant(NamedTuple):
     """The modules that one runs a model with: the real ones, or copies that share a bug."""
 
-    config: ModuleType
+    config_file: ModuleType
     moe: ModuleType
     model: ModuleType
     mtp: ModuleType
@@ -53,7 +54,7 @@ def variant(footgun: Footgun | None = None) -> Variant:
     Raises InputError as `planted` does.
     """
     find = copies({footgun.module: planted(footgun)} if footgun else {}, CHAIN)
-    modules = "config moe model mtp generate weights store.checkpoint text.reply".split()
+    modules = "store.config_file moe model mtp generate weights store.checkpoint text.reply".split()
     return Variant(*map(find, modules))
 
 

@@ -9,16 +9,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
+from minstep.errors import InputError
 from minstep.parity.compare import TOLERANCES, Comparison
 from minstep.parity.forms import config_widths, derived
 from minstep.parity.known_bugs import variant
-from minstep.parity.names import is_weight, mtp_layers, split
+from minstep.parity.names import is_weight, mtp_layers
 from minstep.parity.pairs import align, compare_all
 from minstep.parity.recording import Recording, check_forms
 from minstep.parity.rerun import NORM, Rerun, layer_input, run_layer, weight_of
-from minstep.parity.trace import EMBEDDING, HEAD
 from minstep.store.checkpoint import Checkpoint
-from minstep.store.files import InputError
+from minstep.store.stages import EMBEDDING, HEAD, split
 
 
 class Checked(NamedTuple):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from minstep.config import Config
 from minstep.store.layouts import hub_name
+from minstep.store.stages import split
 
 # Each is tried in turn on what the one before left, and the first on what hub_name left.
 RULES = (
@@ -35,7 +36,6 @@ RULES = (
     (r"\.moe\.experts\.(?:routed_experts\.)?w13_weight$", ".moe.gate_up_proj.weight"),
     (r"\.moe\.experts\.(?:routed_experts\.)?w2_weight$", ".moe.down_proj.weight"),
 )
-LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})(?:\.(.+))?")
 VLLM = re.compile(r"\.self_attn\.qkv_proj|\.moe\.experts|\.moe\.share_expert")
 # Modules that return what the last of their own parts does: the part goes before where both are.
 WRAPPERS = re.compile(r"\.(?:self_attn|mtp_block|shared_head|moe\.experts)(?:\.0)?$|\d\.0$")
@@ -59,22 +59,6 @@ class Place(NamedTuple):
     name: str
     part: int = 0
     of: int = 1
-
-
-def split(name: str) -> tuple[int | None, str]:
-    """`model.layers.3.moe.gate` -> 3, `moe.gate`; no layer: None and the name.
-
-    A number that no model has, of more than six digits or with zeros in front, is no layer.
-    """
-    found = LAYER.fullmatch(name)
-    return (int(found[1]), found[2] or "") if found else (None, name)
-
-
-def spans(numbers: Collection[int]) -> list[str]:
-    """Layer numbers in increasing order as runs: `0-2`, `5` of 0, 1, 2, 5."""
-    starts = [n for n in numbers if n - 1 not in numbers]
-    ends = [n for n in numbers if n + 1 not in numbers]
-    return [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
 
 
 def sums_experts(sources: Collection[str]) -> bool:

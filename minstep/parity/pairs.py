@@ -21,7 +21,7 @@ from minstep.parity.compare import (
     row_errors,
 )
 from minstep.parity.forms import Widths, config_widths, derived, sibling_widths
-from minstep.parity.names import ENDS, is_weight, model_order, mtp_layers, split
+from minstep.parity.names import ENDS, is_weight, model_order, mtp_layers
 from minstep.parity.recording import Recording
 from minstep.parity.router_ties import (
     Choice,
@@ -29,6 +29,7 @@ from minstep.parity.router_ties import (
     score_scale,
     too_many,
 )
+from minstep.store.stages import split
 from minstep.tap import Array
 from minstep.validation import NotFinite
 

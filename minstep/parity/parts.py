@@ -20,11 +20,10 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from minstep.keys import MAX_JSON, strict_json
+from minstep.errors import InputError
 from minstep.parity.trace import Trace
 from minstep.store.files import (
     TEMPORARY,
-    InputError,
     atomic_file,
     locked,
     open_file,
@@ -32,6 +31,7 @@ from minstep.store.files import (
     read_file,
 )
 from minstep.store.header import Data, Tensor, read_header, write_tensors
+from minstep.store.json_file import MAX_JSON, strict_json
 from minstep.tap import Array
 
 LONGEST_NAME = 200  # bytes; file systems allow 255, some fewer

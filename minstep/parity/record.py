@@ -18,18 +18,19 @@ from numpy.typing import DTypeLike
 
 from minstep.cli.terminal import Progress
 from minstep.config import Config
+from minstep.errors import InputError
 from minstep.generate import check_prompt
-from minstep.keys import MAX_JSON
 from minstep.parity.choice import before, choose
 from minstep.parity.facts import metadata
 from minstep.parity.parts import Parts, open_parts
 from minstep.parity.recording import open_recording
-from minstep.parity.trace import HEAD, Recorder, Stage, Trace, described, finite, stages, walk
+from minstep.parity.trace import Recorder, Trace, described, finite, walk
 from minstep.store.checkpoint import Checkpoint
-from minstep.store.files import InputError, read_file
+from minstep.store.files import read_file
 from minstep.store.header import CODES
 from minstep.store.inspect import expected
-from minstep.store.shards import EMBEDDING_WEIGHT, needs, some_weights
+from minstep.store.json_file import MAX_JSON
+from minstep.store.stages import EMBEDDING_WEIGHT, HEAD, Stage, needs, some_weights, stages
 from minstep.tap import Array
 from minstep.validation import flaw
 

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from minstep.config import Config
+from minstep.errors import InputError, shown
 from minstep.fast.bf16 import BF16Array
 from minstep.fast.pages import DONTNEED, Map, Pages
-from minstep.keys import MAX_INTEGER, strict_json
+from minstep.keys import MAX_INTEGER
 from minstep.parity.forms import Term, stored_forms
 from minstep.parity.names import (
     HEADS,
@@ -26,10 +27,10 @@ from minstep.parity.names import (
     is_known,
     is_weight,
     mtp_layers,
-    split,
 )
-from minstep.store.files import InputError, shown
-from minstep.store.header import open_header
+from minstep.store.header import map_file, open_header
+from minstep.store.json_file import strict_json
+from minstep.store.stages import split
 from minstep.tap import Array
 from minstep.validation import NotFinite, flaw
 
@@ -223,7 +224,7 @@ def open_recording(path: Path) -> Recording:
     no recording has, and for two tensors that are the same one of ours.
     """
     header = open_header(path)
-    mapped = Pages().map(path, header)
+    mapped = map_file(path, Pages(), header)
     stored: dict[str, Stored] = {}
     for name, tensor in header.tensors.items():
         if tensor.dtype not in STORED:

@@ -11,14 +11,15 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from minstep.config import LayerSpec
+from minstep.errors import InputError, shown
 from minstep.model import BlockWeights, ModelWeights
 from minstep.parity.compare import fitted
 from minstep.parity.known_bugs import Variant, variant
 from minstep.parity.recording import Recording
 from minstep.parity.router_ties import Choice, Choose, are_experts, choice, chooser
-from minstep.parity.trace import EMBEDDING, HEAD, Trace
+from minstep.parity.trace import Trace
 from minstep.store.checkpoint import Checkpoint
-from minstep.store.files import InputError, shown
+from minstep.store.stages import EMBEDDING, HEAD
 from minstep.tap import Array, ScopedTap
 from minstep.weights import Get, Shape
 
@@ -154,7 +155,7 @@ def run_layer(
     wanted. `get` is where weights come from, if not the checkpoint. Raises InputError as it does.
     """
     get = get or checkpoint.get
-    config = chain.config.load_config(checkpoint.path)
+    config = chain.config_file.load_config(checkpoint.path)
     L, D, V = len(config.layers), config.hidden_size, config.vocab_size
     spec, tokens = (*config.layers, *config.mtp_layers)[n], run.theirs.tokens
     tap = LayerTap(run)

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from minstep import moe
 from minstep.activations import sigmoid
 from minstep.config import MoESpec
+from minstep.errors import InputError
 from minstep.linear import as_float
 from minstep.moe import MoEWeights
 from minstep.parity.recording import Recording
 from minstep.store.checkpoint import open_checkpoint
-from minstep.store.files import InputError
 from minstep.tap import Array
 
 TYPICAL = 1 / 3  # of the largest error allowed: what logits are off by, where nobody recorded them

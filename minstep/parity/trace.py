@@ -3,22 +3,21 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from minstep.config import Config
+from minstep.errors import InputError
 from minstep.generate import check_prompt
 from minstep.model import ModelWeights, decoder, head, run_layers
 from minstep.mtp import mtp_forward
-from minstep.store.files import InputError
 from minstep.store.header import Data, write_tensors
+from minstep.store.stages import HEAD
 from minstep.tap import Array, ScopedTap, Tap
 from minstep.validation import flaw
 
 Trace = dict[str, Array]
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 MOST_PROBS = 1 << 26  # attention probabilities kept of every layer: 256 MB in float32
 
 
@@ -56,33 +55,6 @@ def finite(name: str, x: Array) -> Array:
         message = "expected finite numbers: a weight here or before it is not, or is too large"
         raise InputError(f"{name} {what}, {message}")
     return x
-
-
-class Stage(NamedTuple):
-    """A part of the forward pass that can begin from the state before it.
-
-    `name`: its module; `last`: the last tensor that it computes.
-    """
-
-    name: str
-    last: str
-
-    def has(self, tensor: str) -> bool:
-        """Whether a tensor of the trace, or of the checkpoint, is this stage's own."""
-        scopes = ("model.norm", HEAD) if self.name == HEAD else (self.name,)
-        return tensor in scopes or tensor.startswith(tuple(f"{scope}." for scope in scopes))
-
-
-def stages(config: Config, count: int) -> list[Stage]:
-    """The stages over `count` tokens, in order: embedding, main layers, head, MTP depths.
-
-    A depth that has no position left is left out. The state after a stage is its module's output;
-    the head leaves the state as it is.
-    """
-    main = [Stage(spec.name, spec.name) for spec in config.layers]
-    output = "transformer.shared_head.output"
-    depths = [Stage(s.name, f"{s.name}.{output}") for s in config.mtp_layers[: count - 1]]
-    return [Stage(EMBEDDING, EMBEDDING), *main, Stage(HEAD, HEAD), *depths]
 
 
 def walk(

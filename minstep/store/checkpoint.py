@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minstep.config import Config, load_config
+from minstep.config import Config
+from minstep.errors import InputError, shown
 from minstep.fast.bf16 import BF16Array
 from minstep.fast.fp8 import FP8Array
 from minstep.fast.pages import SMALL, Map, Pages
-from minstep.keys import read_json
 from minstep.linear import Weight, as_float
 from minstep.model import ModelWeights
-from minstep.store.config_file import shipped_folder
-from minstep.store.files import InputError, shown
-from minstep.store.header import Header, Tensor, open_header
+from minstep.store.config_file import load_config, shipped_folder
+from minstep.store.header import Header, Tensor, map_file, open_header
+from minstep.store.json_file import read_json
 from minstep.store.layouts import halves, hub_name
 from minstep.weights import SCALES, Shape, assemble, blocks, tensor_shapes
 
@@ -202,7 +202,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     if mtp and not any(name.startswith(mtp) for name in found):
         config = config._replace(mtp_layers=())
     pages = Pages()
-    maps = {file: pages.map(file, header) for file, header in files.items()}
+    maps = {file: map_file(file, pages, header) for file, header in files.items()}
     return Checkpoint(path, config, tensors, maps, absent, damaged)
 
 

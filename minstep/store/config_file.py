@@ -1,12 +1,12 @@
-"""The configurations shipped with minstep, found in a wheel and in a checkout alike."""
+"""config.json files: found by path or by shipped name, read strictly, and parsed."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 from minstep.config import Config, parse_config
-from minstep.keys import read_json
-from minstep.store.files import InputError
+from minstep.errors import InputError
+from minstep.store.json_file import read_json
 from minstep.store.layouts import hub_config
 
 
@@ -30,6 +30,15 @@ def find_config(name: str) -> Path:
         return shipped / name
     names = ", ".join(sorted(folder.parent.name for folder in shipped.glob("*/config.json")))
     raise InputError(f"{name}: no such file or folder, nor a shipped configuration ({names})")
+
+
+def load_config(path: Path | str) -> Config:
+    """Read `path`, a config.json or the folder that holds one. Raises InputError naming the key."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"the path of a config is a {type(path).__name__}, expected a path")
+    path = Path(path)
+    file = path / "config.json" if os.path.isdir(path) else path
+    return parse_config(hub_config(read_json(file), str(file)), str(file))
 
 
 def read_config(name: str) -> tuple[dict[str, Any], Config, Path]:

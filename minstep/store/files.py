@@ -1,4 +1,4 @@
-"""Where the maths meets the machine: one kind of error, and output that is whole or absent."""
+"""Files: opened with a bound on what is read, and output that is whole or absent."""
 
 import os
 import secrets
@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
+
+from minstep.errors import InputError
 
 fcntl: ModuleType | None
 try:
@@ -24,42 +26,9 @@ except ImportError:  # Windows
 
 # What make-tiny writes. A folder of nothing else, with this mark in its shards, may be replaced.
 MADE_BY = "minstep make-tiny"
-LONGEST_MESSAGE = 2000  # characters of an InputError
 OWNED = ".lock"  # in a folder that one process writes into over time
 TEMPORARY = ".minstep."  # how a name begins that is renamed when all is written
 OUR_FILES = ("config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json")
-
-
-class InputError(ValueError):
-    """Something handed to minstep is wrong: the message names it and says what was expected.
-
-    Raised for a path, file, tensor, config key or token id. The command line prints the message
-    as one line on stderr and exits with 2. What a terminal would act on is escaped here, so that no
-    message can carry it from a file, and a message has at most LONGEST_MESSAGE characters.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(shown(" ".join(message.split()), LONGEST_MESSAGE))
-
-
-def shown(text: str, longest: int = 120) -> str:
-    """A name from a file as a message or table shows it: printable, and cut in its middle.
-
-    Escape sequences, line ends, bidirectional controls and lone surrogates become escapes such as
-    `\\x1b`. Text of more than `longest` characters keeps its two ends around an ellipsis.
-    """
-    if len(text) > longest:
-        text = f"{text[: longest // 2]}…{text[len(text) - longest // 2 + 1 :]}"
-    return printable(text)
-
-
-def printable(text: str, kept: str = "") -> str:
-    """The text with an escape such as `\\x1b` for each character that is neither printable nor one
-    of those `kept`.
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
 
 
 def open_file(path: Path) -> BinaryIO:

@@ -9,6 +9,7 @@ Checked by: tests/store/test_header.py, test_checkpoint.py and test_bad_checkpoi
 
 import json
 import math
+import mmap
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -17,8 +18,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from minstep.keys import unique
-from minstep.store.files import InputError, open_file, os_reason, shown
+from minstep.errors import InputError, shown
+from minstep.fast.pages import Map, Pages
+from minstep.store.files import open_file, os_reason
+from minstep.store.json_file import unique
 from minstep.tap import Array
 
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
@@ -27,9 +30,7 @@ CODES = {"float32": "F32", "float64": "F64", "int64": "I64"}  # of the dtypes th
 KEYS = {"dtype", "shape", "data_offsets"}  # of a tensor's entry
 LFS = b"version "  # how the text begins that a clone without Git LFS has in a file's place
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
-MOST_TENSORS = (
-    1 << 18
-)  # in one file, and texts of its metadata: what they take in memory is bounded
+MOST_TENSORS = 1 << 18  # in one file, and texts of its metadata: memory is bounded
 LONGEST_ENTRY = 20_000  # characters that describe one tensor: far more than eight sizes take
 MOST_ELEMENTS = 1 << 60  # NumPy counts the bytes of eight in 64 bits, and leaves out no size of 0
 SPACE = "[ \\t\\n\\r]*"
@@ -56,7 +57,7 @@ class Tensor(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What one safetensors file says of itself, and which file that was, for `Pages.map`."""
+    """What one safetensors file says of itself, and which file that was, for `map_file`."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
@@ -119,6 +120,23 @@ def open_header(file: Path) -> Header:
 def identity(status: os.stat_result) -> Identity:
     """What tells a file from another one that has come to its place, and from itself changed."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def map_file(file: Path, pages: Pages, header: Header | None = None) -> Map:
+    """The whole file, mapped read-only as one of `pages`: they are read when touched.
+
+    Raises InputError where it cannot be, and where it is not the file that had this header.
+    """
+    with open_file(file) as opened:
+        status = os.fstat(opened.fileno())
+        if header is not None and identity(status) != header.identity:
+            raise InputError(f"{file}: was changed while it was opened, expected it to stay")
+        try:
+            mapped = Map(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # an empty file is a ValueError
+            raise InputError(f"{file}: cannot be mapped: {os_reason(error)}") from error
+    pages.add(mapped, file)
+    return mapped
 
 
 def _parse(text: str) -> tuple[dict[str, Any], dict[str, str]]:

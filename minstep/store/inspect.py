@@ -6,11 +6,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minstep.config import Config, load_config
-from minstep.parity.names import split
+from minstep.config import Config
+from minstep.errors import shown
 from minstep.store.checkpoint import HUB_DTYPES, Checkpoint, open_checkpoint
-from minstep.store.files import shown
+from minstep.store.config_file import load_config
 from minstep.store.header import BYTES
+from minstep.store.stages import layer_number
 from minstep.weights import SCALES, Shape, blocks, tensor_shapes
 
 
@@ -106,12 +107,6 @@ def _count(part: dict[str, int], parameters: int, tensor: Stored) -> None:
     part["tensors"] += 1
     part["parameters"] += parameters
     part["bytes"] += tensor.nbytes
-
-
-def layer_number(name: str) -> int:
-    """The layer a tensor belongs to; -1 outside the layers."""
-    number, part = split(name)
-    return -1 if number is None or not part else number
 
 
 def _part(name: str, config: Config) -> str:

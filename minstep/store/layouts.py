@@ -12,8 +12,8 @@ Checked by: tests/store/test_layouts.py, tests/parity/test_recipe.py
 
 from typing import Any
 
+from minstep.errors import InputError
 from minstep.keys import Keys
-from minstep.store.files import InputError
 
 KINDS = ("full_attention", "sliding_attention")
 MLPS = ("dense", "sparse")

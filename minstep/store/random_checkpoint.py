@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minstep.config import Config
+from minstep.errors import InputError
 from minstep.fast.bf16 import to_bf16
 from minstep.fast.fp8 import to_fp8
 from minstep.quantization import Quantization, parse_quantization
-from minstep.store.files import MADE_BY, InputError, atomic_folder, read_file
+from minstep.store.files import MADE_BY, atomic_folder, read_file
 from minstep.store.header import BYTES, laid_out
 from minstep.weights import SCALES, Shape, blocks, random_rows, tensor_shapes
 

@@ -7,8 +7,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from minstep.cli.terminal import Display, note, read_line, summary
+from minstep.errors import InputError
 from minstep.generate import Step
-from minstep.store.files import InputError
 from minstep.text.continuation import Continuation
 from minstep.text.prompt import ChatStream, Event, Prompt, SpecialTokens, render
 from minstep.text.reply import PlainStream, gathered

@@ -2,7 +2,7 @@
 
 import re
 
-from minstep.store.files import InputError, shown
+from minstep.errors import InputError, shown
 
 LONGEST = 5000  # characters
 UNLIMITED = 10**6  # times

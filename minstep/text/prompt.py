@@ -6,7 +6,7 @@ from itertools import accumulate
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple, get_args
 
-from minstep.store.files import InputError
+from minstep.errors import InputError
 from minstep.text.reply import END_THINK, THINK, ChatStream, Event, Message, parse
 from minstep.text.tool_calls import (
     CALL,

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 
-from minstep.store.files import InputError
+from minstep.errors import InputError
 from minstep.text.prompt import IMAGE, SPECIAL, TEMPLATE_TAGS, Prompt, refuse_foreign
 from minstep.text.reply import END_THINK, THINK
 from minstep.text.tokenizer_file import contained, read_tokenizer

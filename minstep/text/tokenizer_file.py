@@ -8,8 +8,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from minstep.keys import unique
-from minstep.store.files import InputError, read_file, shown
+from minstep.errors import InputError, shown
+from minstep.store.files import read_file
+from minstep.store.json_file import unique
 from minstep.text.patterns import check_pattern
 
 LARGEST = 40 << 20  # bytes of a file; the released one has about 8 MB

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from minstep.store.files import InputError
+from minstep.errors import InputError
 from minstep.text.tokenizer import ALPHABET, BACK, FRONT
 
 SMALLEST = len(FRONT) + len(ALPHABET) + len(BACK)  # 261: one token per byte, and the special tokens

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from minstep.store.files import InputError
+from minstep.errors import InputError
 from minstep.text.tokenizer import FRONT, encode
 from minstep.train.documents import (
     Document,

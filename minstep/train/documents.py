@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minstep.store.files import InputError, read_file
+from minstep.errors import InputError
+from minstep.store.files import read_file
 
 MOST_TEXT = 1 << 28  # bytes of a file: 256 MB, all of which is in memory as text and tokens
 SECTION = 4096  # characters of a section of a file, up to the next blank line

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from minstep.store.files import InputError, read_file
+from minstep.errors import InputError
+from minstep.store.files import read_file
 
 MOST_LOG = 1 << 28  # bytes of a file: two million lines
 

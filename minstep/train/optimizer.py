@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minstep.errors import InputError
 from minstep.fast.threads import each
-from minstep.store.files import InputError
 from minstep.tap import Array
 from minstep.train.muon import orthogonalised
 from minstep.weights import Shape

@@ -17,8 +17,9 @@ from tokenizers import Tokenizer
 from minstep.cli.terminal import Progress, note, print_text
 from minstep.config import Config
 from minstep.draw.charts import line_chart, load_chart
+from minstep.errors import InputError
 from minstep.store.config_file import read_config
-from minstep.store.files import OWNED, InputError, owned_folder
+from minstep.store.files import OWNED, owned_folder
 from minstep.tap import Array
 from minstep.train.bpe import train_tokenizer
 from minstep.train.data import Corpus, encode_documents, read_corpus

@@ -9,8 +9,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
+from minstep.errors import InputError
 from minstep.fast.bf16 import to_bf16
-from minstep.store.files import InputError, atomic_file, open_file, os_reason
+from minstep.store.files import atomic_file, open_file, os_reason
 from minstep.store.header import Data, write_tensors
 from minstep.tap import Array
 from minstep.validation import flaw

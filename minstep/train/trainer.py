@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minstep.config import Config
-from minstep.store.files import InputError
+from minstep.errors import InputError
 from minstep.tap import Array
 from minstep.train.balance import Counter, balance
 from minstep.train.data import sequences

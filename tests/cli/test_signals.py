@@ -15,8 +15,9 @@ import pytest
 
 import minstep.cli.checking
 from minstep.cli.main import main
+from minstep.errors import InputError
 from minstep.store import files
-from minstep.store.files import InputError, atomic_file, atomic_folder, locked, owned_folder
+from minstep.store.files import atomic_file, atomic_folder, locked, owned_folder
 from tests.conftest import GOLDEN, Refused, Run
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minstep.config import load_config
 from minstep.cost.chart import HIGH, LOW, roofline_svg
 from minstep.cost.count import FORMS, decoding_pass
 from minstep.cost.hardware import HARDWARE
 from minstep.cost.report import Wanted, report
 from minstep.cost.roofline import Setup, gpus_for
 from minstep.cost.text import si
-from minstep.store.config_file import find_config, shipped_folder
+from minstep.store.config_file import find_config, load_config, shipped_folder
 from tests.conftest import Run
 
 NAMES = sorted(path.parent.name for path in shipped_folder().glob("*/config.json"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minstep.cache import FullCache, new_caches
-from minstep.config import Config, load_config, parse_config
+from minstep.config import Config, parse_config
 from minstep.cost.count import (
     FORMS,
     PIECES,
@@ -28,7 +28,7 @@ from minstep.cost.count import (
 from minstep.model import decoder, head
 from minstep.mtp import mtp_forward
 from minstep.parity.trace import Recorder
-from minstep.store.config_file import find_config
+from minstep.store.config_file import find_config, load_config
 from minstep.store.inspect import inspect
 from tests.support.counting import NOTHING, Tally, counted_model
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from minstep.config import load_config
 from minstep.cost.count import FORMS, decoding_pass, stored_bytes
 from minstep.cost.hardware import (
     HARDWARE,
@@ -30,8 +29,8 @@ from minstep.cost.roofline import (
     speed,
     tokens_per_pass,
 )
-from minstep.store.config_file import find_config
-from minstep.store.files import InputError
+from minstep.errors import InputError
+from minstep.store.config_file import find_config, load_config
 
 CONFIG = load_config(find_config("step-3.5-flash"))
 H100 = HARDWARE["h100"]

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minstep.config import load_config
 from minstep.cost.count import cache_bytes, product_flops, score_flops, visible_pairs
 from minstep.cost.hardware import HARDWARE
 from minstep.cost.models import NODE, OTHERS, Grouped, Latent, Served, from_config
@@ -24,7 +23,7 @@ from minstep.cost.serving import (
     sensitivity,
     served,
 )
-from minstep.store.config_file import find_config
+from minstep.store.config_file import find_config, load_config
 
 CONFIG = load_config(find_config("step-3.5-flash"))
 STEP = from_config(CONFIG)

@@ -6,8 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from docs.make.model_figure import HEIGHT, WIDTH, model_svg
-from minstep.config import load_config
-from minstep.store.config_file import find_config, shipped_folder
+from minstep.store.config_file import find_config, load_config, shipped_folder
 
 NAMES = sorted(path.parent.name for path in shipped_folder().glob("*/config.json"))
 SVG = "{http://www.w3.org/2000/svg}"

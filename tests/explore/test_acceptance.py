@@ -8,6 +8,7 @@ import pytest
 
 import minstep
 from minstep.config import Config
+from minstep.errors import InputError
 from minstep.explore.acceptance import (
     AS_IT_IS,
     MAIN,
@@ -26,7 +27,6 @@ from minstep.explore.acceptance import (
 from minstep.model import BlockWeights, ModelWeights
 from minstep.parity.known_bugs import variant
 from minstep.store.config_file import shipped_folder
-from minstep.store.files import InputError
 from minstep.tap import Array
 from minstep.text.continuation import Pass
 from minstep.text.tokenizer import load_tokenizer

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
+from minstep.errors import InputError
 from minstep.explore.baselines import NGram, _discounts, baselines, gzip_bits, ngram_bits, xz_bits
-from minstep.store.files import InputError
 
 WORDS = "the with statement is used to wrap execution of a block object method value".split()
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import minstep
-from minstep.config import load_config
+from minstep.errors import InputError
 from minstep.explore.expert_loads import (
     Liking,
     _spread,
@@ -20,8 +20,7 @@ from minstep.explore.expert_loads import (
 from minstep.model import ModelWeights
 from minstep.moe import Choice
 from minstep.parity.trace import record
-from minstep.store.config_file import find_config, shipped_folder
-from minstep.store.files import InputError
+from minstep.store.config_file import find_config, load_config, shipped_folder
 from minstep.tap import Array
 from minstep.text.tokenizer import load_tokenizer
 from minstep.train.data import encode_documents, split

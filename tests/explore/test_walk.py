@@ -15,16 +15,16 @@ import pytest
 import minstep
 from minstep import attention
 from minstep.config import parse_config
+from minstep.errors import InputError
 from minstep.explore import steps as lab_steps
 from minstep.explore.decided import deciding, point_of, sizes
 from minstep.explore.steps import Walk, take_walk
 from minstep.generate import steps
 from minstep.parity.choice import names_of
-from minstep.parity.names import split
 from minstep.parity.trace import record
 from minstep.store import layouts as native
 from minstep.store.checkpoint import open_checkpoint
-from minstep.store.files import InputError
+from minstep.store.stages import split
 from tests.conftest import GOLDEN, Refused, Run
 from tests.store.test_layouts import TEXT
 

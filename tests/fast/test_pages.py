@@ -10,16 +10,17 @@ import pytest
 
 from minstep import moe as moe_module
 from minstep.config import parse_config
+from minstep.errors import InputError
 from minstep.fast import pages as module
 from minstep.fast.bf16 import BF16Array
 from minstep.fast.pages import Map, Pages, reads_disk, used, will_need
-from minstep.keys import read_json
 from minstep.linear import linear
 from minstep.model import decoder, embed, run_layers
 from minstep.moe import Choice, MoEWeights, experts
 from minstep.store.checkpoint import open_checkpoint
 from minstep.store.config_file import find_config
-from minstep.store.files import InputError
+from minstep.store.header import map_file
+from minstep.store.json_file import read_json
 from minstep.store.random_checkpoint import Form, save_random
 
 MB = 1 << 20
@@ -33,7 +34,7 @@ def mapped(tmp_path: Path) -> Map:
     with (tmp_path / "file").open("wb") as opened:
         for n in range(64):
             opened.write(bytes([n]) * MB)
-    return Pages().map(tmp_path / "file")
+    return map_file(tmp_path / "file", Pages())
 
 
 @pytest.fixture

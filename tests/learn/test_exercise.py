@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from minstep.errors import InputError
 from minstep.learn.exercise import (
     BUGS,
     CHAIN,
@@ -29,7 +30,6 @@ from minstep.learn.museum import EXHIBITS
 from minstep.learn.scenes import WHOLE, Scene, departure, difference, told_apart
 from minstep.parity.copies import Find, copies, source
 from minstep.parity.known_bugs import FOOTGUNS, UNSEEN, Footgun, is_plantable, planted
-from minstep.store.files import InputError
 from tests.conftest import Refused, Run
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import minstep
+from minstep.errors import InputError
 from minstep.fast.bf16 import BF16Array
 from minstep.parity.compare import TOLERANCES
 from minstep.parity.diff import diff, first_departure, verdict
@@ -17,7 +18,6 @@ from minstep.parity.facts import metadata
 from minstep.parity.pairs import compare_all, tolerance_of
 from minstep.parity.recording import Recording
 from minstep.parity.trace import Trace, record, save_trace
-from minstep.store.files import InputError
 from minstep.tap import Array
 from minstep.text.continuation import Pass
 from tests.conftest import Ran, Refused, Run

@@ -19,15 +19,15 @@ import pytest
 
 import minstep
 from minstep.cli.main import main
+from minstep.errors import InputError
 from minstep.fast.bf16 import BF16Array, to_bf16
 from minstep.parity import checks
 from minstep.parity.diff import diff
 from minstep.parity.facts import read_facts
 from minstep.parity.layer import check_layer
-from minstep.parity.names import split
 from minstep.parity.recording import Recording, open_recording
 from minstep.parity.trace import Trace, record
-from minstep.store.files import InputError
+from minstep.store.stages import split
 from tests.conftest import Ran, Refused, Run
 from tests.model.test_golden import GOLDEN, WEIGHTS, meta
 from tests.support.recordings import INTEGERS, save

@@ -23,7 +23,7 @@ NORM = FOOTGUNS["norm weight"][0]
 
 def logits(chain: Variant) -> list[Array]:
     """What a chain of modules computes from a checkpoint, MTP layers included."""
-    config = chain.config.load_config(TINY)
+    config = chain.config_file.load_config(TINY)
     weights = chain.weights.assemble(config, minstep.open_checkpoint(TINY).get)
     hidden = chain.model.decoder(TOKENS, weights, config)
     heads = chain.mtp.mtp_forward(TOKENS, hidden, weights, config)
@@ -37,7 +37,7 @@ def bugs(words: str) -> list[Footgun]:
 def traced(footgun: Footgun) -> Trace:
     """What a port with a bug computes of the main model, probs included."""
     chain, trace = variant(footgun), Trace()
-    config = chain.config.load_config(TINY)
+    config = chain.config_file.load_config(TINY)
     weights = chain.weights.assemble(config, minstep.open_checkpoint(TINY).get)
     chain.model.decoder(TOKENS, weights, config, tap=Recorder(trace))
     return trace

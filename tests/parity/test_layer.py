@@ -38,7 +38,7 @@ def traced(
 ) -> Trace:
     """What a checkpoint, or its port with a bug, computes over the golden prompt."""
     chain, checkpoint = variant(footgun), minstep.open_checkpoint(folder)
-    config, trace = chain.config.load_config(folder), Trace()
+    config, trace = chain.config_file.load_config(folder), Trace()
     weights = chain.weights.assemble(config, leading(checkpoint))
     tokens, tap = tokens or prompt(folder.parent.name), Recorder(trace)
     hidden = chain.model.decoder(tokens, weights, config, np.dtype(dtype), tap=tap)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 import minstep
-from minstep.parity.names import axes, in_model_order, is_weight, mtp_layers, places, split
+from minstep.parity.names import axes, in_model_order, is_weight, mtp_layers, places
+from minstep.store.stages import split
 from minstep.weights import tensor_shapes
 from tests.model.test_golden import GOLDEN, WEIGHTS, meta
 from tests.support.recordings import as_transformers, as_vllm

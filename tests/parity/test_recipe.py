@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 import minstep
-from minstep.config import load_config
 from minstep.parity.recording import open_recording
 from minstep.parity.trace import Trace
 from minstep.parity.trace import record as traced
 from minstep.store.checkpoint import open_checkpoint
+from minstep.store.config_file import load_config
 from minstep.store.header import read_header
 from minstep.weights import block_weights
 from tests.conftest import GOLDEN, Refused, Run

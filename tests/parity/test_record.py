@@ -26,8 +26,9 @@ from minstep.parity import record as lab_record
 from minstep.parity.choice import names_of
 from minstep.parity.parts import open_parts
 from minstep.parity.record import plan, record_file
-from minstep.parity.trace import Recorder, stages
+from minstep.parity.trace import Recorder
 from minstep.store import files
+from minstep.store.stages import stages
 from tests.conftest import GOLDEN, Refused, Run
 from tests.support.recordings import save
 

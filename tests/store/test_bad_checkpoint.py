@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from minstep.errors import InputError
 from minstep.store.checkpoint import open_checkpoint
-from minstep.store.files import InputError
 from tests.conftest import Refused, Run
 
 Header = dict[str, Any]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from minstep.store.files import LONGEST_MESSAGE, InputError, open_file, read_file, shown
+from minstep.errors import LONGEST_MESSAGE, InputError, shown
+from minstep.store.files import open_file, read_file
 
 
 @pytest.mark.parametrize("bad", ["\x1b[2J", "\x9b2J", "\u202e", "\u2066", "\ud800", "\u2028", "\0"])

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError, deserialize
 
+from minstep.errors import LONGEST_MESSAGE, InputError
 from minstep.fast.pages import Pages
-from minstep.store.files import LONGEST_MESSAGE, InputError
-from minstep.store.header import MOST_TENSORS, open_header, read_header
+from minstep.store.header import MOST_TENSORS, map_file, open_header, read_header
 
 A = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 EMPTY = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
@@ -121,7 +121,7 @@ def test_what_the_format_allows_is_read(tmp_path: Path) -> None:
     assert package_takes(file)
     header = open_header(file_of(file, '{"__metadata__":{"a":"{\\n","b":""}}', 0))
     assert header.metadata == {"a": "{\n", "b": ""} and not header.tensors
-    assert not read_header(file_of(file, "{}", 0)) and len(Pages().map(file)) == 10
+    assert not read_header(file_of(file, "{}", 0)) and len(map_file(file, Pages())) == 10
 
 
 @pytest.mark.parametrize(
@@ -180,17 +180,17 @@ def test_a_message_shows_no_more_of_a_name_than_a_line_holds(tmp_path: Path) -> 
 def test_a_file_that_is_replaced_before_it_is_mapped_is_refused(tmp_path: Path) -> None:
     file = file_of(tmp_path / "file", f"{{{A}}}")
     header = open_header(file)
-    assert len(Pages().map(file, header)) == os.stat(file).st_size
+    assert len(map_file(file, Pages(), header)) == os.stat(file).st_size
     file.unlink()
     file_of(tmp_path / "other", f"{{{A}}}").rename(file)
     with pytest.raises(InputError, match="was changed while it was opened"):
-        Pages().map(file, header)
+        map_file(file, Pages(), header)
     header = open_header(file)
     os.truncate(file, 0)
     with pytest.raises(InputError, match="was changed while it was opened"):
-        Pages().map(file, header)
+        map_file(file, Pages(), header)
     with pytest.raises(InputError, match="cannot be mapped"):
-        Pages().map(file)
+        map_file(file, Pages())
 
 
 def entries(rng: random.Random) -> tuple[dict[str, Any], int]:

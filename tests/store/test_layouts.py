@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 import minstep
-from minstep.config import FULL, SLIDING, Config, load_config, parse_config
-from minstep.store.files import InputError
+from minstep.config import FULL, SLIDING, Config, parse_config
+from minstep.errors import InputError
+from minstep.store.config_file import load_config
 from minstep.store.layouts import halves, hub_config, hub_name
 from minstep.weights import tensor_shapes
 from tests.conftest import Refused

@@ -18,8 +18,8 @@ import minstep
 from minstep.cli.generate import CONTINUES, SHIPPED
 from minstep.cli.main import main
 from minstep.cli.terminal import Display
+from minstep.errors import InputError
 from minstep.generate import Step
-from minstep.store.files import InputError
 from minstep.text.conversation import HELP, WELCOME, Conversation, Story, obey, talk
 from minstep.text.prompt import render
 from minstep.text.tokenizer import byte_level_tokenizer

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from minstep.store.files import InputError
+from minstep.errors import InputError
 from minstep.text.prompt import BOS, ChatStream, Event, Message, ToolCall, parse, render
 from minstep.text.tool_calls import typed
 

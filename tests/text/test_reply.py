@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from minstep.store.files import InputError
+from minstep.errors import InputError
 from minstep.text.prompt import ChatStream, Event, Message, parse, render
 from minstep.text.tool_calls import CallText, Signatures, read_call, typed
 from tests.support.plain_reply import PlainChatStream

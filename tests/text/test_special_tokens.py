@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 
 import minstep
 from minstep.cli.main import main
-from minstep.store.files import InputError
+from minstep.errors import InputError
 from minstep.text.conversation import Conversation, Story, obey
 from minstep.text.prompt import SPECIAL, TEMPLATE_TAGS, Prompt, SpecialTokens, render
 from minstep.text.tokenizer import byte_level_tokenizer, encode, load_tokenizer, special_tokens

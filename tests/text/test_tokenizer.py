@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from minstep.store.files import InputError
+from minstep.errors import InputError
 from minstep.text.tokenizer import (
     BACK,
     BROKEN,

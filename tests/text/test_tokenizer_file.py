@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 import minstep
 from minstep.cli.main import main
-from minstep.store.files import InputError
+from minstep.errors import InputError
 from minstep.text.patterns import check_pattern
 from minstep.text.tokenizer import StreamingText, encode, load_tokenizer, text_of
 from minstep.text.tokenizer_file import MOST_ADDED, contained

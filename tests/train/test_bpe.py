@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from minstep.store.files import InputError
+from minstep.errors import InputError
 from minstep.text.tokenizer import ALPHABET, BACK, FRONT, StreamingText, encode, load_tokenizer
 from minstep.train.bpe import train_tokenizer
 

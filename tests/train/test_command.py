@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from minstep.errors import InputError
 from minstep.store.config_file import read_config
-from minstep.store.files import InputError
 from minstep.train.run import read_rows
 from minstep.train.saved import STATE
 from minstep.train.trainer import Training

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from minstep.store.files import InputError
+from minstep.errors import InputError
 from minstep.text.tokenizer import byte_level_tokenizer, encode
 from minstep.train.bpe import train_tokenizer
 from minstep.train.data import (

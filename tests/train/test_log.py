@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from minstep.errors import InputError
 from minstep.store.config_file import find_config
-from minstep.store.files import InputError
 from minstep.train.log import Row, header, line, read_log
 
 

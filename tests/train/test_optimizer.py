@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import minstep
+from minstep.errors import InputError
 from minstep.fast import threads as parallel
-from minstep.store.files import InputError
 from minstep.tap import Array
 from minstep.train.optimizer import ADAMW, MUON, Optimizer, Settings, kept
 from minstep.weights import tensor_shapes

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import minstep
+from minstep.errors import InputError
 from minstep.fast.bf16 import BF16Array, to_bf16
 from minstep.store.config_file import read_config
-from minstep.store.files import InputError
 from minstep.text.tokenizer import byte_level_tokenizer
 from minstep.train.saved import STATE, load_state, save_checkpoint, save_state
 from minstep.weights import random_tensors

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import minstep
+from minstep.errors import InputError
 from minstep.fast.bf16 import BF16Array
 from minstep.store.config_file import find_config
-from minstep.store.files import InputError
 from minstep.train.bpe import train_tokenizer
 from minstep.train.data import encode_documents, read_corpus
 from minstep.train.log import read_log

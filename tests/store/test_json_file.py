@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from minstep.keys import MAX_JSON, read_json, strict_json
-from minstep.store.files import InputError
+from minstep.errors import InputError
+from minstep.store.json_file import MAX_JSON, read_json, strict_json
 
 
 @pytest.mark.parametrize(
