@@ -9,7 +9,7 @@ import numpy as np
 from minstep.cli.generate import open_model, prompt_tokens
 from minstep.cli.terminal import note, print_json, print_text, wrote
 from minstep.errors import InputError, shown
-from minstep.generate import check_prompt, steps
+from minstep.generate import steps
 from minstep.parity.checks import Checks, check_layers, checkable, checks_json, checks_table
 from minstep.parity.diff import Report, as_json, diff, diff_table, layer_of, verdict
 from minstep.parity.explain import not_tried
@@ -34,6 +34,7 @@ from minstep.store.shards import (
 from minstep.store.stages import split
 from minstep.text.continuation import Continuation
 from minstep.text.tokenizer import load_tokenizer
+from minstep.validation import check_prompt
 from minstep.weights import tensor_shapes
 
 

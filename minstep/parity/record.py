@@ -19,7 +19,6 @@ from numpy.typing import DTypeLike
 from minstep.cli.terminal import Progress
 from minstep.config import Config
 from minstep.errors import InputError
-from minstep.generate import check_prompt
 from minstep.parity.choice import before, choose
 from minstep.parity.facts import metadata
 from minstep.parity.parts import Parts, open_parts
@@ -32,7 +31,7 @@ from minstep.store.inspect import expected
 from minstep.store.json_file import MAX_JSON
 from minstep.store.stages import EMBEDDING_WEIGHT, HEAD, Stage, needs, some_weights, stages
 from minstep.tap import Array
-from minstep.validation import flaw
+from minstep.validation import check_prompt, flaw
 
 EXPERTS = re.compile(r"\.moe\.(gate|up|down)_proj\.weight")
 
