@@ -23,8 +23,8 @@ from minstep.store.files import OWNED, owned_folder
 from minstep.tap import Array
 from minstep.train.bpe import train_tokenizer
 from minstep.train.data import Corpus, encode_documents, read_corpus
-from minstep.train.evaluate import bits_per_byte
 from minstep.train.log import Row, header, line
+from minstep.train.loss import bits_per_byte
 from minstep.train.saved import STATE, load_state, save_checkpoint, save_state, write_text
 from minstep.train.trainer import Plan, Training
 from minstep.train.workers import MOST_PROCESSES, SHARE, WorkerEnded, Workers, workers
