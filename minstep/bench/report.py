@@ -10,7 +10,7 @@ from typing import Any
 from minstep.bench.targets import target
 from minstep.bench.timing import Found, Row, as_json
 from minstep.draw.charts import bar_chart, line_chart
-from minstep.store.files import atomic_file
+from minstep.store.files import write_text
 
 BUSY = 0.9  # share of idle processors below which times say little
 NAMES = {"float32": "torch float32", "bfloat16": "torch bfloat16", "limit": "reading alone"}
@@ -131,5 +131,4 @@ def charts(found: Mapping[str, Found]) -> dict[str, str]:
 def write(folder: Path, texts: Mapping[str, str]) -> None:
     """Write files into a folder that is there; each appears whole or not at all."""
     for name, content in texts.items():
-        with atomic_file(folder / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+        write_text(folder / name, content)

@@ -14,7 +14,7 @@ from minstep.cost.report import Wanted, report
 from minstep.cost.text import cost_text
 from minstep.errors import InputError
 from minstep.store.config_file import find_config, load_config
-from minstep.store.files import atomic_file
+from minstep.store.files import write_text
 
 
 def add_cost(command: Callable[..., Any]) -> None:
@@ -98,9 +98,7 @@ def run_cost(args: Namespace) -> None:
     if args.out:
         config = load_config(find_config(args.config))
         drafts = len(found["acceptance"])
-        with atomic_file(args.out) as temporary:
-            svg = roofline_svg(config, found["context"], shown, drafts)
-            temporary.write_text(svg, encoding="utf-8")
+        write_text(args.out, roofline_svg(config, found["context"], shown, drafts))
     print_json(found) if args.json else print_text(cost_text(found))
     if args.out:
         wrote(args.out)
