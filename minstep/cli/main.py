@@ -19,7 +19,7 @@ from minstep import __version__
 from minstep.cli.arguments import (
     add_command,
 )
-from minstep.cli.bench_flags import add_bench
+from minstep.cli.bench import add_bench
 from minstep.cli.chat import add_chat
 from minstep.cli.checking_flags import add_lab_commands
 from minstep.cli.cost import add_cost
