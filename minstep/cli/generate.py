@@ -38,7 +38,8 @@ from minstep.store.checkpoint import Checkpoint, open_checkpoint
 from minstep.store.config_file import find_config
 from minstep.store.json_file import read_json
 from minstep.text.continuation import Continuation
-from minstep.text.prompt import SpecialTokens, parse, render
+from minstep.text.prompt import SpecialTokens, render
+from minstep.text.reply import parse
 from minstep.text.tokenizer import StreamingText, encode, load_tokenizer, text_of
 from minstep.text.tool_calls import objects
 
