@@ -29,10 +29,8 @@ LONGEST_COMPONENT = 50_000  # characters as JSON: some look for a text of theirs
 LONGEST_TEMPLATE = 100  # special tokens around a text
 LONGEST_PATTERN = 5000  # characters of a regular expression
 UNLIMITED, MOST_REPEATS = 10**6, 1000  # times that one repeats; at most in braces
-MOST_CHOICES, REPETITION = (
-    17,
-    6,
-)  # of an alternative in one: `?` is one choice, alternatives their bits
+MOST_CHOICES = 17  # of an alternative: `?` is one choice, alternatives their bits
+REPETITION = 6  # choices that a repetition counts as
 
 # The kinds of component that any text passes through unharmed, once `_check_component` has looked.
 # Not among them is Precompiled: the package believes a table of its that nobody has checked.
