@@ -51,7 +51,7 @@ CONTINUES = "minstep: this model has learned to continue a text, not to answer"
 def decoding_flags(
     add: argparse.ArgumentParser, temp: float, top_p: float, most: int | None, limit: str
 ) -> None:
-    """The flags of every command that generates; where mlx-lm has them, names are its."""
+    """The flags of every command that generates; named as in mlx-lm where it has them."""
     add_model(add)
     text = f"most tokens to generate ({limit})"
     add.add_argument("--max-tokens", type=at_least(0), default=most, metavar="N", help=text)
