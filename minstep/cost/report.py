@@ -1,6 +1,6 @@
 """All that `minstep cost` says: one dictionary of numbers, and its sections as text.
 
-Checked by: tests/cost/test_command.py
+Checked by: tests/cost/test_report.py
 """
 
 from collections.abc import Iterator

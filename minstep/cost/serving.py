@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minstep.config import Config
+from minstep.cost.architectures import NODE, OTHERS, Latent, Served, from_config
 from minstep.cost.hardware import HARDWARE, KEPT, LAYER, MULTIPLIES, READS, ROOM
-from minstep.cost.models import NODE, OTHERS, Latent, Served, from_config
 from minstep.cost.roofline import tokens_per_pass
 
 GPU = HARDWARE["h800"]
