@@ -16,9 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from minstep import __version__
-from minstep.cli.arguments import (
-    add_command,
-)
+from minstep.cli.arguments import add_command
 from minstep.cli.bench import add_bench
 from minstep.cli.chat import add_chat
 from minstep.cli.checking_flags import add_lab_commands

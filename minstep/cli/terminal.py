@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from minstep.errors import LONGEST_MESSAGE, InputError, printable, shown
 from minstep.store.files import os_reason
 from minstep.text.continuation import Pass
-from minstep.text.prompt import Event
+from minstep.text.reply import Event
 
 BAR = 24  # cells
 PATIENCE = 1.0  # seconds before a bar appears
