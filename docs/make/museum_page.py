@@ -9,7 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from minstep.cli.footgun import agreed, error, kept, number, one_line, setting_text
+from minstep.cli.learn import (
+    agreed,
+    error,
+    kept,
+    number,
+    one_line,
+    setting_text,
+)
 from minstep.learn.damage import TIGHTER
 from minstep.learn.exhibits import DECODING, DRAFTS, FILES, Exhibit
 from minstep.learn.museum import EXHIBITS, changes, measured_all, ways

@@ -31,8 +31,8 @@ from minstep.cli.arguments import (
 from minstep.cli.bench_flags import add_bench
 from minstep.cli.checking_flags import add_lab_commands
 from minstep.cli.cost import add_cost
-from minstep.cli.footgun import add_footgun
-from minstep.cli.lab import add_labs
+from minstep.cli.explore import add_labs
+from minstep.cli.learn import add_footgun
 from minstep.cli.terminal import note
 from minstep.cli.train import add_train
 from minstep.cli.walk import add_walk

@@ -17,7 +17,7 @@ from minstep.cli.generate import note_shipped, open_model, prompt_tokens
 from minstep.cli.terminal import Progress, json_text, note, print_json, print_text
 from minstep.errors import InputError, printable
 from minstep.explore.decided import LETTERS
-from minstep.explore.steps import SHOWN, Report, last_stage, take_walk, walk_report
+from minstep.explore.walk import SHOWN, Report, last_stage, take_walk, walk_report
 from minstep.generate import check_prompt
 from minstep.model import ModelWeights
 from minstep.store.checkpoint import Checkpoint

@@ -16,9 +16,9 @@ import minstep
 from minstep import attention
 from minstep.config import parse_config
 from minstep.errors import InputError
-from minstep.explore import steps as lab_steps
+from minstep.explore import walk as lab_steps
 from minstep.explore.decided import deciding, point_of, sizes
-from minstep.explore.steps import Walk, take_walk
+from minstep.explore.walk import Walk, take_walk
 from minstep.generate import steps
 from minstep.parity.choice import names_of
 from minstep.parity.trace import record

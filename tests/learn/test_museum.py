@@ -10,7 +10,7 @@ import pytest
 
 import minstep
 from docs.make.museum_page import museum_page
-from minstep.cli.footgun import report_text
+from minstep.cli.learn import report_text
 from minstep.learn.damage import Patient
 from minstep.learn.exhibits import CLAMPS, DECODING, DRAFTS, FILES, Exhibit
 from minstep.learn.museum import EXHIBITS, changes, find_exhibit, measured, measured_all, ways

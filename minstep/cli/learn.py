@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from minstep.cli.arguments import FLOATS, add_command, add_model, at_least, not_empty
+from minstep.cli.explore import text_tokenizer
 from minstep.cli.generate import note_shipped, open_model
-from minstep.cli.lab import text_tokenizer
 from minstep.cli.terminal import Progress, print_json, print_text
 from minstep.learn.damage import TIGHTER
 from minstep.learn.exhibits import TIGHT, Exhibit
