@@ -9,19 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from minstep.cli.learn import (
+from minstep.learn.damage import TIGHTER
+from minstep.learn.exhibits import DECODING, DRAFTS, EXHIBITS, FILES, Exhibit
+from minstep.learn.museum import (
     agreed,
+    changes,
     error,
     kept,
+    measured,
     number,
     one_line,
+    patient,
     setting_text,
+    ways,
 )
-from minstep.learn.damage import TIGHTER
-from minstep.learn.exhibits import DECODING, DRAFTS, FILES, Exhibit
-from minstep.learn.museum import EXHIBITS, changes, measured_all, ways
 from minstep.parity.compare import TOLERANCES
+from minstep.store.checkpoint import open_checkpoint
 from minstep.store.config_file import find_config, load_config
+from minstep.text.tokenizer import load_tokenizer
 
 HEAD = """\
 # 13. The footgun museum
@@ -95,10 +100,19 @@ TAIL = """\
 ASIDE = (DRAFTS, DECODING, FILES)
 
 
+def measured_all() -> list[dict[str, Any]]:
+    """What `measured` reports of every exhibit and the shipped model, over one unspoiled run."""
+    folder = find_config("trained")
+    checkpoint, tokenizer = open_checkpoint(folder), load_tokenizer(folder)
+    assert tokenizer
+    tried = patient(checkpoint, tokenizer)
+    return [measured(exhibit, tried, tokenizer) for exhibit in EXHIBITS]
+
+
 def museum_page(reports: Sequence[dict[str, Any]] | None = None) -> str:
     """The text of docs/13-footguns.md, but for the links to the chapters beside it.
 
-    `reports`: those of museum.measured_all, which run here, slowly, where it is left out.
+    `reports`: those of measured_all, which run here, slowly, where it is left out.
     """
     reports = measured_all() if reports is None else reports
     plain = reports[0]  # an exhibit that changes nothing but a line

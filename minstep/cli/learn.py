@@ -1,124 +1,75 @@
-"""`minstep footgun list | show NAME | run NAME`: known bugs of ports, and what each one does.
+"""Learning by doing: `exercise` writes a chapter's functions to fill in, `footgun` runs known bugs.
 
-Checked by: tests/learn/test_museum.py
+Checked by: tests/learn/test_exercise.py, tests/learn/test_museum.py
 """
 
-import textwrap
+import shlex
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from minstep.cli.arguments import FLOATS, add_command, add_model, at_least, not_empty
+from minstep.cli.arguments import FLOATS, add_command, add_model, at_least, not_empty, path, seed
 from minstep.cli.explore import text_tokenizer
 from minstep.cli.generate import note_shipped, open_model
-from minstep.cli.terminal import Progress, print_json, print_text
-from minstep.learn.damage import TIGHTER
-from minstep.learn.exhibits import TIGHT, Exhibit
-from minstep.learn.museum import EXHIBITS, changes, find_exhibit, measured, patient, ways
-from minstep.learn.offstage import RUNNERS
-
-WIDTH = 88
-
-
-def exhibit_text(exhibit: Exhibit) -> str:
-    """What `show` prints."""
-    lines = [f"{exhibit.name}: {exhibit.title}", "", *textwrap.wrap(exhibit.story, WIDTH)]
-    for bug in exhibit.bugs:
-        for n, footgun in enumerate(ways(bug)):
-            lines += ["", "or else" if n else bug]
-            for change in changes(footgun):
-                lines += [f"  {change.file}, line {change.line}"]
-                lines += [f"  {line}" for line in change.marked()]
-    if exhibit.met:
-        lines += ["", "met by"]
-    for met in exhibit.met:
-        lines += textwrap.wrap(met.what, WIDTH, initial_indent="  ", subsequent_indent="  ")
-        lines.append(f"    https://github.com/{met.place}")
-    return "\n".join([*lines, "", f"what it does: minstep footgun run {exhibit.name}"])
+from minstep.cli.terminal import Progress, print_json, print_text, wrote
+from minstep.errors import InputError, printable
+from minstep.learn.damage import RUNNERS
+from minstep.learn.exercise import bugged, file_of, listed, mark, stubs, write
+from minstep.learn.exhibits import EXHIBITS
+from minstep.learn.lessons import EXERCISES, PLANT
+from minstep.learn.museum import (
+    changes,
+    exhibit_text,
+    find_exhibit,
+    measured,
+    patient,
+    report_text,
+    ways,
+)
+from minstep.store.files import atomic_folder
 
 
-def report_text(report: dict[str, Any]) -> str:
-    """What `run` prints."""
-    lines = [f"{report['name']}: {report['title']}"]
-    if "happened" in report:
-        return "\n".join([*lines, "", *report["happened"]])
-    right = report["as_it_is"]
-    lines.append(f"{report['tokens']} tokens of held-out text, {len(right['texts'])} prompts")
-    if report["setting"]:
-        lines.append(f"with {setting_text(report['setting'])}, in the right run too")
-    lines += ["", "as it is", f"  perplexity     {number(right['perplexity'])}"]
-    if right["agreed"]:
-        lines += [f"  drafts kept    {kept(right)} a pass"]
-        lines += [f"  as main model  {agreed(right)} of each depth's guesses in the text"]
-    lines += [f"  greedy text    {one_line(right['texts'][0])}"]
-    for bug in report["bugs"]:
-        lines += ["", bug["bug"], *_bug_lines(bug, right)]
-    return "\n".join(lines)
+def add_exercise(command: Callable[..., Any]) -> None:
+    """Add `exercise` to the parser."""
+    text = "a chapter's code with functions left out, and tests to turn green"
+    add = command("exercise", run_exercise, text, "4 --out ch04")
+    text = "the chapter; without it, all exercises are listed"
+    add.add_argument("number", type=at_least(0), nargs="?", metavar="N", help=text)
+    add.add_argument("--out", type=path, metavar="DIR", help="a new folder to write it to")
+    text = f"which bug exercise {PLANT} plants (0)"
+    add.add_argument("--seed", type=seed, metavar="N", help=text)
 
 
-def _bug_lines(bug: dict[str, Any], right: dict[str, Any]) -> Iterator[str]:
-    if bug["refused"]:
-        yield f"  refused        {bug['refused']}"
-    if not bug["texts"]:
+def run_exercise(args: Namespace) -> None:
+    """Print the exercises, or write one."""
+    number, out = args.number, args.out
+    if args.seed is not None and number != PLANT:
+        raise InputError(f"--seed {args.seed}: only exercise {PLANT} has a bug to choose")
+    if number is None:
+        if out:
+            raise InputError(f"--out {out}: expected the number of an exercise before it")
+        print_text(listed())
         return
-    if bug["refused"]:
-        yield "                 cut to that size it runs:"
-    yield f"  departs first  {departure(bug)}"
-    if not bug.get("departs_with_own_limits", True):
-        yield "                 with the model's own limits nothing departs in this text"
-    yield f"  perplexity     {number(right['perplexity'])} -> {number(bug['perplexity'])}"
-    if right["agreed"]:
-        yield f"  drafts kept    {kept(right)} -> {kept(bug)} a pass"
-        yield f"  as main model  {agreed(right)} -> {agreed(bug)}"
-    pairs = zip(right["texts"], bug["texts"], strict=True)
-    other = next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
-    if other is None:
-        yield "  greedy text    the same for every prompt"
-    else:
-        yield f"  greedy text    {one_line(right['texts'][other])}"
-        yield f"              -> {one_line(bug['texts'][other])}"
-
-
-def setting_text(setting: str) -> str:
-    """A setting in words."""
-    return f"limits an {TIGHTER}th of the model's" if setting == TIGHT else setting
-
-
-def departure(bug: dict[str, Any]) -> str:
-    """The first tensor that departs, in words."""
-    if bug["tensor"] is None:
-        return "nowhere: every tensor is the same over the text"
-    return f"{bug['tensor']} at token {bug['token']}, {error(bug)}"
-
-
-def error(bug: dict[str, Any]) -> str:
-    """By how much the first tensor departs, of its largest value."""
-    share = bug["error"]
-    return "in its shape" if share is None else f"by {share:.{0 if share >= 0.1 else 1}%}"
-
-
-def number(x: float | None) -> str:
-    """A perplexity."""
-    return "not finite" if x is None else f"{x:,.2f}" if x < 1000 else f"{x:,.0f}"
-
-
-def kept(figures: dict[str, Any]) -> str:
-    """Drafts kept a pass; there are none where every text ends with its first token."""
-    return "none" if figures["accepted"] is None else f"{figures['accepted']:.2f}"
-
-
-def agreed(figures: dict[str, Any]) -> str:
-    """How often each depth guesses what the main model does."""
-    return ", ".join(f"{share:.0%}" for share in figures["agreed"])
-
-
-def one_line(text: str, most: int = 68) -> str:
-    """The beginning of a text, its white space made visible where it is more than a space."""
-    shown = repr(text)[1:-1]
-    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
+    if number not in EXERCISES:
+        last = max(EXERCISES)
+        listing = "minstep exercise lists them"
+        raise InputError(f"exercise {number}: expected one of 0 to {last} ({listing})")
+    if out is None:
+        raise InputError(f"exercise {number}: expected --out DIR, a new folder to write it to")
+    if there := sorted(out.iterdir()) if out.is_dir() else []:
+        raise InputError(f"{out}: holds {there[0].name}, expected a new or empty folder")
+    files = stubs(number) if number != PLANT else bugged(args.seed or 0)
+    with atomic_folder(out) as folder:
+        write(number, files, folder)
+    wrote(out)
+    folder_name = printable(str(out))
+    print_text(
+        f"{folder_name}: {', '.join(map(file_of, files))}, a README and the checks",
+        f"now: pytest -m {mark(number)} {shlex.quote(folder_name)}",
+    )
 
 
 def run_list(args: Namespace) -> None:
@@ -144,11 +95,11 @@ def run_run(args: Namespace) -> None:
         changes(ways(bug)[0])  # a line that was edited is refused before anything runs
     model = open_model(args.model)
     tokenizer = text_tokenizer(args, model)
-    its = patient(model.checkpoint, tokenizer, args.tokens, np.dtype(args.dtype))
+    tried = patient(model.checkpoint, tokenizer, args.tokens, np.dtype(args.dtype))
     if exhibit.bugs[0] not in RUNNERS:
         note_shipped(args.model)
     with Progress(exhibit.name, len(exhibit.bugs), "bugs") as bar:
-        report = measured(exhibit, its, tokenizer, bar)
+        report = measured(exhibit, tried, tokenizer, bar)
     print_json(report) if args.json else print_text(report_text(report))
 
 
@@ -161,13 +112,13 @@ def add_footgun(command: Callable[..., Any]) -> None:
 
     add, name = partial(add_command, commands), "window-off-by-one"
     add("list", run_list, "their names", "footgun list")
-    its = add("show", run_show, "what it is, and who met it", f"footgun show {name}")
-    its.add_argument("name", type=not_empty, metavar="NAME")
-    its = add("run", run_run, "run a model with it", f"footgun run {name}")
-    its.add_argument("name", type=not_empty, metavar="NAME")
-    add_model(its)
+    show = add("show", run_show, "what it is, and who met it", f"footgun show {name}")
+    show.add_argument("name", type=not_empty, metavar="NAME")
+    run = add("run", run_run, "run a model with it", f"footgun run {name}")
+    run.add_argument("name", type=not_empty, metavar="NAME")
+    add_model(run)
     text = "of the held-out text (all)"
-    its.add_argument("--tokens", type=at_least(2), metavar="N", help=text)
+    run.add_argument("--tokens", type=at_least(2), metavar="N", help=text)
     text = "of every activation (float64: the same figures on every machine)"
-    its.add_argument("--dtype", **FLOATS | {"default": "float64"}, help=text)
-    its.add_argument("--json", action="store_true", help="print one JSON object")
+    run.add_argument("--dtype", **FLOATS | {"default": "float64"}, help=text)
+    run.add_argument("--json", action="store_true", help="print one JSON object")

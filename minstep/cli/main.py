@@ -31,14 +31,11 @@ from minstep.cli.arguments import (
 from minstep.cli.bench_flags import add_bench
 from minstep.cli.checking_flags import add_lab_commands
 from minstep.cli.cost import add_cost
-from minstep.cli.explore import add_labs
-from minstep.cli.learn import add_footgun
+from minstep.cli.explore import add_labs, add_view, add_walk
+from minstep.cli.learn import add_exercise, add_footgun
 from minstep.cli.terminal import note
 from minstep.cli.train import add_train
-from minstep.cli.walk import add_walk
 from minstep.errors import LONGEST_MESSAGE, InputError, shown
-from minstep.explore.view import add_view
-from minstep.learn.exercise import add_exercise
 from minstep.sampling import LIMITS
 from minstep.store.files import check_output, os_reason
 from minstep.text.prompt import SpecialTokens

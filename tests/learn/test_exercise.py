@@ -25,8 +25,8 @@ from minstep.learn.exercise import (
     without_bodies,
     write,
 )
+from minstep.learn.exhibits import EXHIBITS
 from minstep.learn.lessons import EXERCISES, PLANT
-from minstep.learn.museum import EXHIBITS
 from minstep.learn.scenes import WHOLE, Scene, departure, difference, told_apart
 from minstep.parity.copies import Find, copies, source
 from minstep.parity.known_bugs import FOOTGUNS, UNSEEN, Footgun, is_plantable, planted

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 
 import minstep
-from docs.make.museum_page import museum_page
-from minstep.cli.learn import report_text
-from minstep.learn.damage import Patient
-from minstep.learn.exhibits import CLAMPS, DECODING, DRAFTS, FILES, Exhibit
-from minstep.learn.museum import EXHIBITS, changes, find_exhibit, measured, measured_all, ways
-from minstep.learn.offstage import RUNNERS
+from docs.make.museum_page import measured_all, museum_page
+from minstep.learn.damage import RUNNERS, Patient
+from minstep.learn.exhibits import CLAMPS, DECODING, DRAFTS, EXHIBITS, FILES, Exhibit
+from minstep.learn.museum import changes, find_exhibit, measured, report_text, ways
 from minstep.parity.copies import source
 from minstep.parity.known_bugs import FOOTGUNS, IN_DRAFTER, UNSEEN, planted
 from minstep.text.tokenizer import load_tokenizer
