@@ -152,7 +152,7 @@ def _findings(reports: Sequence[dict[str, Any]]) -> str:
     loud, quiet = sum(x >= 2 for x in ratios), sum(x < 1.05 for x in ratios)
     same = sum(right["texts"] == bug["texts"] for right, bug in ran)
     more = sum((bug["accepted"] or 0) > (right["accepted"] or 0) for right, bug in ran)
-    told = (
+    findings = (
         f"{len(ran)} bugs are in the main model. {loud} of them at least double the perplexity: "
         f"any text shows those. {quiet} raise it by less than a twentieth, or not at all.",
         f"{same} of the bugs leave the greedy text of every prompt as it was. Nobody finds these "
@@ -161,7 +161,7 @@ def _findings(reports: Sequence[dict[str, Any]]) -> str:
         "Acceptance measures drafts, not the model: a model that repeats itself is easily "
         "predicted.",
     )
-    return "\n".join(_filled(text, "- ") for text in told)
+    return "\n".join(_filled(text, "- ") for text in findings)
 
 
 def _ratio(right: dict[str, Any], bug: dict[str, Any]) -> float:

@@ -19,7 +19,7 @@ from minstep.draw.charts import (
     line_chart,
     load_chart,
 )
-from minstep.draw.page import DASHES, INKS
+from minstep.draw.svg import DASHES, INKS
 from minstep.tap import Array
 
 SVG = "{http://www.w3.org/2000/svg}"
