@@ -19,6 +19,7 @@ from minstep.text.continuation import Continuation, Pass
 
 Word = Callable[[int], str]  # a token as text
 LEFT, TOP, ROW, CELL = 66, 104, 24, 13  # of the timeline, in units of the canvas
+NEW = 36  # tokens of the timeline, at most
 LINE, COLUMN, BAR = 22, 132, 64  # of the distributions: row, column, and the bar of probability 1
 COLOURS: Colours = {  # fill and stroke on a light page, fill and stroke on a dark one
     ".kept": ("#2563c9", "none", "#6cb0ff", "none"),
@@ -35,14 +36,13 @@ def timeline_svg(
     weights: ModelWeights,
     config: Config,
     word: Word,
-    max_tokens: int = 36,
 ) -> str:
     """Each pass of greedy decoding as a row: the drafts, and the main model's own token.
 
     Places from left to right are those of the new tokens. Raises InputError for a bad prompt.
     """
     rng = np.random.default_rng(0)  # greedy: its numbers change nothing
-    answer = Continuation(steps(prompt, weights, config, rng, max_tokens, dtype=np.float64))
+    answer = Continuation(steps(prompt, weights, config, rng, NEW, dtype=np.float64))
     for _ in answer:
         pass
     count, edge = len(answer.tokens), TOP + len(answer.passes) * ROW

@@ -1,5 +1,9 @@
 """The figures of the book: each file's name, and the function that draws it with all filled in.
 
+    python -m docs.make.gallery
+
+writes them into docs/figures.
+
 Checked by: tests/docs/test_gallery.py
 """
 
@@ -15,6 +19,7 @@ from docs.make.decoding import sampling_svg, timeline_svg
 from docs.make.departures import departure_svg, norm_svg
 from docs.make.masks import masks_svg
 from docs.make.model_figure import model_svg
+from docs.make.pages import DOCS
 from docs.make.router import router_cut_svg, router_map_svg, routing
 from minstep.config import Config
 from minstep.cost.chart import roofline_svg
@@ -151,3 +156,7 @@ def write_figures(folder: Path) -> list[Path]:
         with atomic_file(folder / name) as temporary:
             temporary.write_bytes(draw().encode())
     return [folder / name for name in FIGURES]
+
+
+if __name__ == "__main__":
+    write_figures(DOCS / "figures")

@@ -27,9 +27,9 @@ def working_tree(top: Path = TOP) -> Tree:
     return {file.relative_to(top).as_posix(): file.read_text("utf-8") for file in texts}
 
 
-def revision(name: str, top: Path = TOP) -> Tree:
+def revision(name: str) -> Tree:
     """The package as it was in a revision. Raises CalledProcessError where git knows of none."""
-    packed = subprocess.run(["git", "archive", name, "minstep"], cwd=top, check=True, stdout=-1)
+    packed = subprocess.run(["git", "archive", name, "minstep"], cwd=TOP, check=True, stdout=-1)
     with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as archive:
         files = {member.name: archive.extractfile(member) for member in archive}
         return {path: file.read().decode() for path, file in files.items() if file}

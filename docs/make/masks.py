@@ -100,8 +100,8 @@ def _grid(left: float, states: NDArray[np.int64], name: str) -> Iterator[str]:
 
 
 def _key(y: float, slack: int) -> Iterator[str]:
-    held = f"held to roll back up to {slack} drafts"
-    marks = (("full", "seen"), ("sliding", "seen"), ("held", held), ("gone", "dropped"))
+    spare = f"held to roll back up to {slack} drafts"
+    marks = (("full", "seen"), ("sliding", "seen"), ("held", spare), ("gone", "dropped"))
     x = float(LEFT)
     for kind, words in (*marks, ("ahead", "not there yet")):
         yield rect(x, y - 10, 12, 12, kind, 2)

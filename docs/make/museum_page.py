@@ -1,5 +1,9 @@
 """The museum as a page of the book: every exhibit, its change, its story, and figures of a run.
 
+    python -m docs.make.museum_page
+
+runs all exhibits, which takes minutes, and writes the page.
+
 Checked by: tests/learn/test_museum.py
 """
 
@@ -9,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from docs.make.pages import DOCS, fill
 from minstep.learn.damage import TIGHTER
 from minstep.learn.exhibits import DECODING, DRAFTS, EXHIBITS, FILES, Exhibit
 from minstep.learn.museum import (
@@ -109,12 +114,11 @@ def measured_all() -> list[dict[str, Any]]:
     return [measured(exhibit, tried, tokenizer) for exhibit in EXHIBITS]
 
 
-def museum_page(reports: Sequence[dict[str, Any]] | None = None) -> str:
+def museum_page(reports: Sequence[dict[str, Any]]) -> str:
     """The text of docs/13-footguns.md, but for the links to the chapters beside it.
 
-    `reports`: those of measured_all, which run here, slowly, where it is left out.
+    `reports`: those of measured_all.
     """
-    reports = measured_all() if reports is None else reports
     plain = reports[0]  # an exhibit that changes nothing but a line
     config = load_config(find_config("trained"))
     head = HEAD.format(
@@ -264,3 +268,9 @@ def _texts(report: dict[str, Any]) -> Iterator[str]:
                 yield "```"
                 return
     yield "Greedy text stays as it is, for every prompt."
+
+
+if __name__ == "__main__":
+    page = DOCS / "13-footguns.md"
+    page.write_text(museum_page(measured_all()), encoding="utf-8")
+    page.write_text(fill(page), encoding="utf-8")

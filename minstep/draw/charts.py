@@ -131,7 +131,7 @@ def line_chart(
     return page(title, f"{description}.", lines, LEFT + PLOT_WIDTH + 58 + widest(series), height)
 
 
-def bar_chart(title: str, groups: Mapping[str, Mapping[str, float]], y_label: str = "") -> str:
+def bar_chart(title: str, groups: Mapping[str, Mapping[str, float]]) -> str:
     """Bars from 0 up, side by side in each group, in one order of names: {group: {name: value}}.
 
     A group may lack a name: its place stays free. Raises ValueError for a number that is negative
@@ -146,7 +146,7 @@ def bar_chart(title: str, groups: Mapping[str, Mapping[str, float]], y_label: st
     pitch = 38
     width = max(280, len(groups) * (len(names) * pitch + 30) + 20)
     span = (width - 20) / len(groups)
-    lines = [*_y_axis(upward, y_label, width)]
+    lines = [*_y_axis(upward, "", width)]
     for g, (label, group) in enumerate(groups.items()):
         middle = LEFT + 10 + (g + 0.5) * span
         lines.append(text(middle, TOP + PLOT_HEIGHT + 18, label, "mid"))

@@ -103,11 +103,11 @@ def draft(
     options = {"dtype": dtype, "num_draft_tokens": None if way.drafts else 0}
     drafted, rng = Drafted([], []), np.random.default_rng(0)  # greedy: its numbers change nothing
     for done, prompt in enumerate(prompts, start=1):
-        said = Continuation(steps(prompt, weights, config, rng, max_tokens, **options))
-        for _ in said:
+        answer = Continuation(steps(prompt, weights, config, rng, max_tokens, **options))
+        for _ in answer:
             pass
-        drafted.texts.append(said.tokens)
-        drafted.passes.extend(said.passes[1:])
+        drafted.texts.append(answer.tokens)
+        drafted.passes.extend(answer.passes[1:])
         progress(done)
     return drafted
 

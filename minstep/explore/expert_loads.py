@@ -147,8 +147,8 @@ def router_report(
 def _spread(counts: Counts) -> dict[str, Any]:
     """How counts [E] spread."""
     load = counts / counts.mean()
-    said = {"least": float(load.min()), "most": float(load.max()), "evenness": evenness(counts)}
-    rounded = {name: round(value, 4) for name, value in said.items()}
+    figures = {"least": float(load.min()), "most": float(load.max()), "evenness": evenness(counts)}
+    rounded = {name: round(value, 4) for name, value in figures.items()}
     return rounded | {"low": int((load < LOW).sum()), "load": load.round(4).tolist()}
 
 

@@ -71,8 +71,8 @@ def page_data(recording: Recording, facts: Facts, model: LensModel | None = None
     ids |= {draft for each in facts.passes or () for draft in each.drafts}
     for n in ids - words.keys():
         words[n] = piece(model.tokenizer if model else None, n)
-    said = (words[token] for token in tokens or () if words[token] not in (*FRONT, *BACK))
-    text = " ".join("".join(said).split())
+    shown = (words[token] for token in tokens or () if words[token] not in (*FRONT, *BACK))
+    text = " ".join("".join(shown).split())
     return {
         "title": f"Trace of “{text[:40]}{'…' * (len(text) > 40)}”" if text else "Trace",
         "count": T,
@@ -120,20 +120,20 @@ def _layer(recording: Recording, n: int, depth: int, facts: LayerFacts | None) -
     mlp = _norms(recording, f"{name}.mlp")
     if mlp is None:
         mlp = _norms(recording, f"{name}.moe", f"{name}.share_expert")
-    said: dict[str, Any] = dict.fromkeys(LayerFacts._fields) if facts is None else facts._asdict()
+    known: dict[str, Any] = dict.fromkeys(LayerFacts._fields) if facts is None else facts._asdict()
     if scores is not None:
-        said["experts"] = scores.shape[-1]
+        known["experts"] = scores.shape[-1]
     elif ids is not None:
-        said["experts"] = max(said["experts"] or 0, int(ids.max()) + 1)
+        known["experts"] = max(known["experts"] or 0, int(ids.max()) + 1)
     return {
-        **said,
+        **known,
         "n": n,
         "name": name,
         "depth": depth,
         "state": _norms(recording, name),
         "attention": _norms(recording, f"{name}.self_attn.o_proj"),
         "mlp": mlp,
-        **({} if probs is None else _attention(probs, said["window"])),
+        **({} if probs is None else _attention(probs, known["window"])),
         "gate": None if gate is None else packed(sigmoid(gate), "u1"),
         "scores": None if scores is None else packed(sigmoid(scores), "u1"),
         "ids": None if ids is None else ids.tolist(),
