@@ -21,15 +21,12 @@ from minstep.cli.bench import add_bench
 from minstep.cli.chat import add_chat
 from minstep.cli.checking_flags import add_lab_commands
 from minstep.cli.cost import add_cost
-from minstep.cli.footgun import add_footgun
+from minstep.cli.explore import add_labs, add_view, add_walk
 from minstep.cli.generate import add_generate
-from minstep.cli.lab import add_labs
+from minstep.cli.learn import add_exercise, add_footgun
 from minstep.cli.terminal import note
 from minstep.cli.train import add_train
-from minstep.cli.walk import add_walk
 from minstep.errors import LONGEST_MESSAGE, InputError, shown
-from minstep.explore.view import add_view
-from minstep.learn.exercise import add_exercise
 from minstep.store.files import check_output, os_reason
 
 GROUPS = {  # of commands, as the help lists them

@@ -277,7 +277,7 @@ def test_warnings_are_printed_escaped(run: Run, monkeypatch: pytest.MonkeyPatch)
 
         warnings.warn(HOSTILE, stacklevel=1)
 
-    monkeypatch.setattr("minstep.cli.footgun.exhibit_text", lambda _: warns() or "")
+    monkeypatch.setattr("minstep.cli.learn.exhibit_text", lambda _: warns() or "")
     ran = run("footgun", "show", "window-off-by-one")
     assert "\\x1b[2J" in ran.err
     check(ran.err.replace("\nFORGED", ""))
