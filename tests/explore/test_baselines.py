@@ -181,7 +181,7 @@ def test_empty_texts_are_input_errors() -> None:
         ngram_bits(b"abc", [b"text"], 6)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_megabytes_take_seconds() -> None:
     train, held_out = prose(1, 450_000)[:2_000_000], [prose(2, 10_000)] * 2
     assert len(train) == 2_000_000
