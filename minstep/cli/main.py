@@ -29,10 +29,11 @@ from minstep.cli.arguments import (
     seed,
 )
 from minstep.cli.bench_flags import add_bench
-from minstep.cli.checking_flags import add_lab_commands
 from minstep.cli.cost import add_cost
 from minstep.cli.footgun import add_footgun
 from minstep.cli.lab import add_labs
+from minstep.cli.parity import add_parity_commands
+from minstep.cli.store import add_store_commands
 from minstep.cli.terminal import note
 from minstep.cli.train import add_train
 from minstep.cli.walk import add_walk
@@ -280,7 +281,8 @@ def _parser() -> argparse.ArgumentParser:
     _decoding_flags(add, temp=0.6, top_p=0.95, most=None, told=most)
 
     add_train(command)
-    add_lab_commands(command)
+    add_store_commands(command)
+    add_parity_commands(command)
     add_bench(command)
     add_cost(command)
     add_labs(command)

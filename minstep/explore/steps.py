@@ -17,7 +17,7 @@ from minstep.config import Config
 from minstep.explore.decided import deciding, point_of, sizes
 from minstep.generate import check_prompt
 from minstep.model import ModelWeights
-from minstep.parity.choice import before
+from minstep.parity.record import before
 from minstep.parity.trace import MOST_PROBS, finite, walk
 from minstep.sampling import Sampling, distribution
 from minstep.store.stages import split, stages

@@ -17,10 +17,11 @@ from minstep.explore.acceptance import Way, draft, worth
 from minstep.learn.exhibits import END, TIGHT
 from minstep.linear import Weight
 from minstep.model import ModelWeights
+from minstep.parity.check_layer import leading
 from minstep.parity.compare import TOLERANCES, compare
-from minstep.parity.explain import leading
-from minstep.parity.known_bugs import IN_DRAFTER, Footgun, Variant, variant
+from minstep.parity.known_bugs import IN_DRAFTER, Footgun
 from minstep.parity.trace import Recorder, Trace
+from minstep.parity.variants import Variant, variant
 from minstep.store.checkpoint import Checkpoint
 from minstep.tap import Array, ScopedTap, Tap
 from minstep.train.loss import surprise

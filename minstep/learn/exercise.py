@@ -18,8 +18,8 @@ from minstep.cli.arguments import at_least, path, seed
 from minstep.cli.terminal import print_text, wrote
 from minstep.errors import InputError, printable
 from minstep.learn.lessons import EXERCISES, PLANT
-from minstep.parity.copies import Find, copies, source
-from minstep.parity.known_bugs import ALL, EVERY, is_plantable, planted
+from minstep.parity.known_bugs import ALL, EVERY
+from minstep.parity.variants import Find, copies, is_plantable, planted, source
 from minstep.store.files import atomic_folder
 
 # What may lie in a reader's folder or imports such a file, in the order of their imports.

@@ -15,7 +15,7 @@ from minstep.fast.bf16 import to_bf16
 from minstep.fast.fp8 import FP8Array
 from minstep.learn.scenes import Rng, Shown, drawn, floats, refused, shipped, watched
 from minstep.model import rotations
-from minstep.parity.copies import Find
+from minstep.parity.variants import Find
 from minstep.sampling import GREEDY, Sampling
 from minstep.store.config_file import find_config, read_config
 from minstep.store.random_checkpoint import Form, save_random

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from minstep.learn.scenes import Rng, Shown, drawn, floats, refused, shipped
-from minstep.parity.copies import Find
+from minstep.parity.variants import Find
 from minstep.sampling import Sampling
 from minstep.tap import Array, Tap
 from minstep.text.tokenizer import byte_level_tokenizer

@@ -15,7 +15,7 @@ from minstep.learn.scenes import Rng, Shown, drawn, floats, refused, shipped, wa
 from minstep.mlp import MLPWeights
 from minstep.model import rotations
 from minstep.moe import Choice, MoEWeights
-from minstep.parity.copies import Find
+from minstep.parity.variants import Find
 from minstep.rope import Rotation
 from minstep.weights import Shape, assemble, block_weights
 

@@ -1,4 +1,4 @@
-"""Bugs that ports of this model have had, as changes of a line of the real code, and how to run it.
+"""Bugs that ports of this model have had, as changes of a line of the real code.
 
 Each is worded to follow "looks like:". One bug may stand several times, once for each way that a
 port has it, where recorded tensors differ. Those of loading files and of decoding, which no layer
@@ -6,18 +6,7 @@ can show, have a table of their own.
 Checked by: tests/parity/test_known_bugs.py, tests/parity/test_mutations.py
 """
 
-from functools import cache
-from types import ModuleType
 from typing import NamedTuple
-
-from minstep.errors import InputError
-from minstep.parity.copies import copies, source
-
-# The files that compute a layer, decode, load and read text, in the order of their imports.
-CHAIN = (
-    "config store.config_file norm rope cache attention mlp moe model sampling mtp generate weights "
-    "store.checkpoint text.reply"
-).split()
 
 
 class Footgun(NamedTuple):
@@ -32,48 +21,6 @@ class Footgun(NamedTuple):
     def file(self) -> str:
         """Where the line stands, such as minstep/moe.py."""
         return f"minstep/{self.module.replace('.', '/')}.py"
-
-
-class Variant(NamedTuple):
-    """The modules that one runs a model with: the real ones, or copies that share a bug."""
-
-    config_file: ModuleType
-    moe: ModuleType
-    model: ModuleType
-    mtp: ModuleType
-    generate: ModuleType
-    weights: ModuleType
-    checkpoint: ModuleType
-    reply: ModuleType
-
-
-@cache
-def variant(footgun: Footgun | None = None) -> Variant:
-    """The package's own modules, or with a footgun private copies of those that it reaches.
-
-    Raises InputError as `planted` does.
-    """
-    find = copies({footgun.module: planted(footgun)} if footgun else {}, CHAIN)
-    modules = "store.config_file moe model mtp generate weights store.checkpoint text.reply".split()
-    return Variant(*map(find, modules))
-
-
-def planted(footgun: Footgun) -> str:
-    """The text of the file of a footgun with the bug in it.
-
-    Raises InputError unless the fragment stands in its file exactly once.
-    """
-    text = source(footgun.module)
-    if (count := text.count(footgun.right)) != 1:
-        message = f"the line that the bug '{footgun.bug}' changes stands there {count} times"
-        advice = "expected once: undo the edit to plant it"
-        raise InputError(f"{footgun.file}: {message}, {advice}")
-    return text.replace(footgun.right, footgun.wrong)
-
-
-def is_plantable(footgun: Footgun) -> bool:
-    """Whether `planted` can plant it: nobody has edited its line."""
-    return source(footgun.module).count(footgun.right) == 1
 
 
 QK_NORM = """\

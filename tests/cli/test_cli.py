@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import minstep.cli.bench
-import minstep.cli.checking
 import minstep.cli.generate
+import minstep.cli.parity
 import minstep.store.random_checkpoint
 from minstep import find_config, load_config
 from minstep.bench.timing import Found

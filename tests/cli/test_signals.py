@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-import minstep.cli.checking
+import minstep.cli.parity
 from minstep.cli.main import main
 from minstep.errors import InputError
 from minstep.store import files

@@ -22,11 +22,11 @@ from minstep.attention import visible
 from minstep.errors import InputError
 from minstep.explore.logit_lens import guesses, lens, open_lens
 from minstep.explore.view import page, page_data
-from minstep.parity.facts import Facts, LayerFacts, layer_facts, piece, read_facts
-from minstep.parity.recording import Recording, open_recording
+from minstep.parity.engine_tensors import Recording, open_recording
+from minstep.parity.facts import Facts, LayerFacts, layer_facts, read_facts
 from minstep.parity.trace import record
 from minstep.store.checkpoint import open_checkpoint
-from minstep.text.tokenizer import FRONT, byte_level_tokenizer, encode
+from minstep.text.tokenizer import FRONT, byte_level_tokenizer, encode, piece
 from tests.conftest import GOLDEN, Refused, Run
 from tests.support.recordings import as_transformers
 

@@ -20,7 +20,7 @@ from minstep.explore import steps as lab_steps
 from minstep.explore.decided import deciding, point_of, sizes
 from minstep.explore.steps import Walk, take_walk
 from minstep.generate import steps
-from minstep.parity.choice import names_of
+from minstep.parity.record import names_of
 from minstep.parity.trace import record
 from minstep.store import layouts as native
 from minstep.store.checkpoint import open_checkpoint

@@ -28,8 +28,8 @@ from minstep.learn.exercise import (
 from minstep.learn.lessons import EXERCISES, PLANT
 from minstep.learn.museum import EXHIBITS
 from minstep.learn.scenes import WHOLE, Scene, departure, difference, told_apart
-from minstep.parity.copies import Find, copies, source
-from minstep.parity.known_bugs import FOOTGUNS, UNSEEN, Footgun, is_plantable, planted
+from minstep.parity.known_bugs import FOOTGUNS, UNSEEN, Footgun
+from minstep.parity.variants import Find, copies, is_plantable, planted, source
 from tests.conftest import Refused, Run
 
 
@@ -316,12 +316,12 @@ def test_a_bug_whose_line_was_edited_is_not_planted(monkeypatch: pytest.MonkeyPa
     def edited(name: str) -> str:
         return real(name).replace("gate", "door") if name == "attention" else real(name)
 
-    monkeypatch.setattr("minstep.parity.known_bugs.source", edited)
+    monkeypatch.setattr("minstep.parity.variants.source", edited)
     for seed in range(200):
         (name,) = (files := bugged(seed))
         bugs = [bug for bug in BUGS if bug.module == name and is_plantable(bug)]
         assert files[name] in [planted(bug) for bug in bugs]
-    monkeypatch.setattr("minstep.parity.known_bugs.source", lambda name: "")
+    monkeypatch.setattr("minstep.parity.variants.source", lambda name: "")
     with pytest.raises(InputError, match="exercise 13: every line"):
         bugged(0)
 

@@ -15,8 +15,8 @@ from minstep.learn.damage import Patient
 from minstep.learn.exhibits import CLAMPS, DECODING, DRAFTS, FILES, Exhibit
 from minstep.learn.museum import EXHIBITS, changes, find_exhibit, measured, measured_all, ways
 from minstep.learn.offstage import RUNNERS
-from minstep.parity.copies import source
-from minstep.parity.known_bugs import FOOTGUNS, IN_DRAFTER, UNSEEN, planted
+from minstep.parity.known_bugs import FOOTGUNS, IN_DRAFTER, UNSEEN
+from minstep.parity.variants import planted, source
 from minstep.text.tokenizer import load_tokenizer
 from tests.conftest import Refused, Run
 
@@ -267,7 +267,7 @@ def test_a_bug_whose_line_was_edited_is_refused_and_all_others_are_not(
             return text.replace("x, layer,", "x,  layer,")
         return text.replace("spec.window, tap)", "spec.window,  tap)")
 
-    monkeypatch.setattr("minstep.parity.known_bugs.source", edited)
+    monkeypatch.setattr("minstep.parity.variants.source", edited)
     for what in ("show", "run"):
         naming = ("minstep/attention.py: the line", "'window one too long'", "undo the edit")
         refused("footgun", what, "window-off-by-one", naming=naming)
