@@ -17,7 +17,7 @@ from docs.make.model_figure import model_svg
 from docs.make.routes import router_cut_svg, router_map_svg, routing
 from docs.make.timeline import sampling_svg, timeline_svg
 from minstep.config import Config
-from minstep.cost.chart import roofline_svg
+from minstep.cost.roofline import roofline_svg
 from minstep.model import ModelWeights, decoder, head
 from minstep.parity.known_bugs import FOOTGUNS
 from minstep.sampling import Sampling

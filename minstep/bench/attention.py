@@ -9,9 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from minstep.attention import attend
-from minstep.bench.peers import Setup
-from minstep.bench.targets import LIMIT
-from minstep.bench.timing import Block, Curve, Found, Row, fastest, read_rate, rounds
+from minstep.bench.peer import Setup
+from minstep.bench.timing import LIMIT, Block, Curve, Found, Row, fastest, read_rate, rounds
 from minstep.cache import Past
 from minstep.tap import Array
 

@@ -1,31 +1,36 @@
 """Decoding and prefill of whole models, beside transformers' own Step model on the same weights.
 
 `tiny` and `mid` have random weights, `trained` is the shipped model as its file is: bfloat16, which
-our side converts whenever it multiplies, and transformers once when it loads.
+our side converts whenever it multiplies, and transformers once when it loads. `drafts` has the
+shipped model beside itself, with drafts and without.
 Checked by: tests/bench/test_bench.py, tests/bench/test_peer.py
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from minstep.bench.peers import FLOATS, PeerError, Setup
+from minstep.bench.peer import FLOATS, PeerError, Setup
 from minstep.bench.timing import Block, Curve, Found, Row, rounds
 from minstep.config import Config, parse_config
-from minstep.generate import Step, steps
+from minstep.explore.acceptance import beginnings
+from minstep.generate import steps
 from minstep.model import ModelWeights
 from minstep.store.checkpoint import open_checkpoint
 from minstep.store.config_file import find_config, read_config
 from minstep.store.files import check_space
 from minstep.store.random_checkpoint import Form, needed_space, save_random
+from minstep.text.tokenizer import load_tokenizer
+from minstep.train.data import encode_documents, read_corpus
 
 PROMPT, NEW = 64, 128  # tokens given, and tokens continued one at a time
 LONG = 512  # tokens of a prompt whose reading is timed
 CONTEXTS = (64, 256, 1024, 2048)  # tokens before those whose time a curve shows
 AFTER = 16  # tokens decoded at each place of a curve
+PROMPTS = 8  # beginnings of held-out documents, for drafts
 MID: dict[str, Any] = {  # tiny's config with other sizes: about 0.3B parameters
     "hidden_size": 1024,
     "intermediate_size": 2560,
@@ -140,14 +145,14 @@ def _loaded(case: str, model: Model, setup: Setup) -> tuple[list[str], list[str]
     return names, errors
 
 
-def _ours(model: Model, do: str, prompt: Sequence[int], said: list[list[int]]) -> Block:
+def _ours(model: Model, do: str, prompt: Sequence[int], answers: list[list[int]]) -> Block:
     """A block of ours: the seconds of a token, or of a whole prompt up to the next token."""
     count = NEW if do == "decode" else 0
 
     def block() -> float:
         continued(model, prompt[:PROMPT], 8)  # warms up
         first, rest, tokens = continued(model, prompt, count)
-        said.append(tokens)
+        answers.append(tokens)
         return rest / count if count else first
 
     return block
@@ -159,7 +164,7 @@ def _theirs(
     do: str,
     prompt: Sequence[int],
     setup: Setup,
-    said: list[list[int]],
+    answers: list[list[int]],
 ) -> Block:
     """The same block, run by the peer in the dtype `name`."""
     how = {"count": NEW} if do == "decode" else {}
@@ -167,7 +172,7 @@ def _theirs(
     def block() -> float:
         assert setup.peer
         answer = setup.peer.ask(do, name=f"{case} {name}", prompt=list(prompt), **how)
-        said.append(answer["tokens"])
+        answers.append(answer["tokens"])
         return float(answer["seconds"])
 
     return block
@@ -178,16 +183,47 @@ def continued(
     prompt: Sequence[int],
     count: int,
     drafts: int = 0,
-    decode: Callable[..., Iterator[Step]] = steps,
 ) -> tuple[float, float, list[int]]:
     """Continue greedily by 1 + count tokens: seconds to the first, seconds of the rest, and all."""
     rng, tokens = np.random.default_rng(0), list[int]()  # greedy steps draw nothing
     how: dict[str, Any] = {"ignore_eos": True, "num_draft_tokens": drafts, "chunk": LONG}
     started = first = time.perf_counter()
-    for step in decode(prompt, model.weights, model.config, rng, 1 + count, **how):
+    for step in steps(prompt, model.weights, model.config, rng, 1 + count, **how):
         first = first if tokens else time.perf_counter()
         tokens += step.tokens
     return first - started, time.perf_counter() - first, tokens
+
+
+def drafts(setup: Setup) -> Found:
+    """Seconds of a new token, the drafts' share in them, against decoding one at a time.
+
+    Held out is part of the documentation inside this Python. Errors where a text is not the same.
+    """
+    folder = find_config("trained")
+    checkpoint, tokenizer = open_checkpoint(folder), load_tokenizer(folder)
+    assert tokenizer
+    model = Model(folder, checkpoint.weights(), checkpoint.config)
+    documents = read_corpus().held_out
+    texts = [encode_documents([each], tokenizer).tolist()[:-1] for each in documents]  # but for eos
+    rng = np.random.default_rng(setup.seed)
+    prompts = beginnings(texts, 2 if setup.quick else PROMPTS, PROMPT, rng)
+    depths = len(model.config.mtp_layers)
+    greedy: dict[int, list[list[int]]] = {}  # by the number of drafts
+
+    def side(count: int) -> Block:
+        def block() -> float:
+            continued(model, prompts[0], 8, count)
+            runs = [continued(model, prompt, NEW, count) for prompt in prompts]
+            greedy[count] = [tokens for _, _, tokens in runs]
+            return sum(rest for _, rest, _ in runs) / sum(len(each) - 1 for each in greedy[count])
+
+        return block
+
+    blocks = {"ours": side(depths), "one draft": side(1), "without": side(0)}
+    times = rounds(blocks, setup.rounds)
+    row = Row("drafts", f"with drafts, {depths} a pass", times.pop("ours"), times)
+    same = all(texts == greedy[0] for texts in greedy.values())
+    return Found([row], [] if same else ["drafts: they change a greedy text"])
 
 
 def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:

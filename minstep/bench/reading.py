@@ -4,19 +4,25 @@ Checked by: tests/bench/test_layers.py
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minstep.bench.layer import Half
-from minstep.bench.layers import LAYER, Raw, layer_file, layer_half, tokens_drawn
-from minstep.bench.peers import Setup
+from minstep.bench.moe import (
+    LAYER,
+    Half,
+    Raw,
+    can_forget,
+    forget,
+    layer_file,
+    layer_half,
+    tokens_drawn,
+)
+from minstep.bench.peer import Setup
 from minstep.bench.timing import Block, Found, Row, fastest, rounds, seconds
 from minstep.config import parse_config
-from minstep.fast.pages import DONTNEED
 from minstep.moe import route
 from minstep.store.checkpoint import INDEX, Checkpoint, open_checkpoint
 from minstep.store.config_file import read_config
@@ -47,7 +53,7 @@ def reading(
     count = len(open_checkpoint(whole).tensors)
     rows = [Row("reading", f"open {count} tensors", times.pop("ours"), times)]
     notes = [f"the plain side reads and parses {shards} headers and the index, and checks nothing"]
-    if DONTNEED is None or not hasattr(os, "posix_fadvise"):
+    if not can_forget():
         return Found(rows, notes=[*notes, "this system has no way to forget a file: nothing cold"])
     folder = layer_file(setup.folder / "moe", raw, layer, setup.seed, most=WRITTEN)
     checkpoint = open_checkpoint(folder)
@@ -80,7 +86,7 @@ def _cold(checkpoint: Checkpoint, half: Half, is_plain: bool) -> Block:
         for n in range(3):
             x = _token(half, n)
             parts = [*_parts(checkpoint, half, x)]
-            _forget(checkpoint)
+            forget(checkpoint)
             times.append(seconds(_plain(parts) if is_plain else _run(half, x)))
         return float(np.median(times))
 
@@ -121,13 +127,3 @@ def _parts(checkpoint: Checkpoint, half: Half, x: Any) -> Iterator[Part]:
         for file, mapped in checkpoint.maps.items():
             if 0 <= at - mapped.address < len(mapped):
                 yield file, at - mapped.address, bits.nbytes
-
-
-def _forget(checkpoint: Checkpoint) -> None:
-    """Have the system drop what it holds of the files; their pages are clean."""
-    assert DONTNEED is not None
-    for file, mapped in checkpoint.maps.items():
-        mapped.pages.read = None  # ask for the experts ahead, as a first token does
-        mapped.madvise(DONTNEED)
-        with file.open("rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -8,8 +8,7 @@ Checked by: tests/bench/test_bench.py
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from minstep.fast.threads import each
 from minstep.tap import Array
 
 PAUSE = 0.25  # seconds before a block: longer than idle threads of torch spin
+LIMIT = "limit"  # in place of a side: the time that reading the bytes alone takes
 STAT = Path("/proc/stat")  # on Linux: what the processors did, in ticks
 Block = Callable[[], float]  # runs one side's calls and returns the seconds of the fastest unit
 Rounds = dict[str, list[float]]  # of each side, the seconds of a unit in each round
@@ -28,18 +28,13 @@ class Row(NamedTuple):
     case: str  # the name that --only takes
     what: str  # and for what one time stands
     ours: list[float]  # seconds, one a round
-    others: Rounds  # by name; of "limit", what reading alone takes
-    in_pairs: bool = False  # many short rounds, of sides that differ less than a machine wanders
+    others: Rounds  # by name
 
     def ratio(self, other: str) -> tuple[float, float, float]:
-        """How many times as fast as `other`, from the fastest rounds; least and most of a round.
-
-        In pairs it is the median of the rounds, which a single lucky round does not move.
-        """
+        """How many times as fast as `other`, from the fastest rounds; least and most of a round."""
         theirs = self.others[other]
         each_round = [b / a for a, b in zip(self.ours, theirs, strict=False)]
-        middle = median(each_round) if self.in_pairs else min(theirs) / min(self.ours)
-        return middle, min(each_round), max(each_round)
+        return min(theirs) / min(self.ours), min(each_round), max(each_round)
 
 
 class Curve(NamedTuple):
@@ -122,16 +117,3 @@ def _ticks() -> list[int] | None:
         return [int(word) for word in STAT.read_text().split("\n", 1)[0].split()[1:9]]
     except (OSError, ValueError):
         return None
-
-
-def as_json(found: Found) -> dict[str, Any]:
-    """What a case found, for a report: seconds of every round, and ratios made of them."""
-    rows = []
-    for row in found.rows:
-        ratios = {name: dict(zip(RATIO, row.ratio(name), strict=True)) for name in row.others}
-        rows.append({**row._asdict(), "ratios": ratios})
-    curves = [curve._asdict() for curve in found.curves]
-    return {"rows": rows, "errors": found.errors, "notes": found.notes, "curves": curves}
-
-
-RATIO = ("ratio", "least", "most")

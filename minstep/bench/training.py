@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minstep.bench.peers import FLOATS, Setup
+from minstep.bench.peer import FLOATS, Setup
 from minstep.bench.timing import Block, Found, Row, fastest, rounds
 from minstep.linear import as_float
 from minstep.store.checkpoint import open_checkpoint

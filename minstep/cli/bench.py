@@ -1,6 +1,8 @@
-"""`minstep bench`: from its arguments to what it prints or writes; no maths."""
+"""`minstep bench`: its flags, and from them to what it prints or writes; no maths."""
 
+import argparse
 import json
+import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
@@ -11,11 +13,9 @@ from typing import Any
 import numpy as np
 
 from minstep.bench.attention import attention_layer
-from minstep.bench.decoding import mid, tiny, trained
-from minstep.bench.drafts import drafts
-from minstep.bench.layer import bench_lines, bench_moe
-from minstep.bench.layers import moe_layer
-from minstep.bench.peers import Peer, PeerError, Setup, peer
+from minstep.bench.decoding import drafts, mid, tiny, trained
+from minstep.bench.moe import bench_lines, bench_moe, moe_layer
+from minstep.bench.peer import Peer, PeerError, Setup, peer
 from minstep.bench.reading import reading
 from minstep.bench.report import (
     bench_report,
@@ -29,6 +29,7 @@ from minstep.bench.report import (
 )
 from minstep.bench.timing import Found, idle_share, memory_rates
 from minstep.bench.training import training
+from minstep.cli.arguments import add_model, at_least, not_empty, path, seed
 from minstep.cli.terminal import Progress, print_json, print_text, wrote
 from minstep.errors import InputError
 from minstep.fast.threads import THREADS
@@ -50,6 +51,38 @@ CASES: dict[str, Case] = {
     "training": training,
 }
 ROUNDS, FEWER = 5, 2  # of blocks; of the quick form
+
+
+def add_bench(command: Callable[..., Any]) -> None:
+    """Add it to the parser; `command` adds one: name, what runs it, help, example."""
+    text, example = (
+        "time decoding and layers beside torch and memory",
+        "--only tiny,trained --quick",
+    )
+    add = command("bench", run_bench, text, example)
+    text = f"cases, joined by commas: {', '.join(CASES)} (all)"
+    add.add_argument("--only", type=case_names, metavar="NAMES", help=text)
+    text = "fewer rounds and smaller sizes"
+    add.add_argument("--quick", action="store_true", help=text)
+    text = "a Python that has torch and transformers (this one); without them, ours alone is timed"
+    add.add_argument("--peer", type=not_empty, default=sys.executable, metavar="PYTHON", help=text)
+    text = "folder for report.json, report.txt and charts"
+    add.add_argument("--out", type=path, metavar="DIR", help=text)
+    add.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights (0)")
+    add.add_argument("--json", action="store_true", help="print one JSON object")
+    alone = add.add_argument_group("one MoE layer alone, warm and cold, in place of the cases")
+    add_model(alone, "checkpoint in hub layout (random weights of the released sizes, 1.0 GB)")
+    alone.add_argument("--layer", type=at_least(0), metavar="N", help="which (17)")
+
+
+def case_names(text: str) -> list[str]:
+    """Names of cases joined by commas."""
+    names = [part.strip() for part in text.split(",")]
+    for name in names:
+        if name not in CASES:
+            message = f"{name!r:.80} is no case, expected some of {', '.join(CASES)}"
+            raise argparse.ArgumentTypeError(message)
+    return names
 
 
 def run_bench(args: Namespace) -> None:

@@ -7,14 +7,13 @@ from typing import Any
 
 from minstep.cli.arguments import at_least, not_empty, number, path
 from minstep.cli.terminal import print_json, print_text, wrote
-from minstep.cost.chart import MOST, roofline_svg
 from minstep.cost.count import FORMS
 from minstep.cost.hardware import HARDWARE, find_hardware, measure
-from minstep.cost.report import Wanted, report
-from minstep.cost.text import cost_text
+from minstep.cost.report import Wanted, cost_text, report
+from minstep.cost.roofline import MOST_LINES, roofline_svg
 from minstep.errors import InputError
 from minstep.store.config_file import find_config, load_config
-from minstep.store.files import atomic_file
+from minstep.store.files import write_text
 
 
 def add_cost(command: Callable[..., Any]) -> None:
@@ -44,9 +43,9 @@ def add_cost(command: Callable[..., Any]) -> None:
     above = number("above 0", lambda x: x > 0)
     add.add_argument("--latency", type=above, default=20.0, metavar="MS", help=text)
     text = "turns of a conversation whose price is asked for (20)"
-    add.add_argument("--turns", type=at_least(1), default=None, metavar="N", help=text)
+    add.add_argument("--turns", type=at_least(1), default=20, metavar="N", help=text)
     text = "new input and output tokens of each turn (2000,500)"
-    add.add_argument("--tokens", type=pair, metavar="IN,OUT", help=text)
+    add.add_argument("--tokens", type=pair, default=(2000, 500), metavar="IN,OUT", help=text)
     add.add_argument("--json", action="store_true", help="print one JSON object")
     text = "draw the roofline of the hardware with the model's passes"
     add.add_argument("--out", type=path, metavar="FILE.svg", help=text)
@@ -79,9 +78,8 @@ def run_cost(args: Namespace) -> None:
     if args.measure:
         devices = [*(devices or HARDWARE.values()), measure()]
     shown = devices if args.hardware or args.measure else []
-    if args.out and len(shown) > MOST:
-        raise InputError(f"--out: draws at most {MOST} devices, name them with --hardware")
-    usual = Wanted()
+    if args.out and len(shown) > MOST_LINES:
+        raise InputError(f"--out: draws at most {MOST_LINES} devices, name them with --hardware")
     wanted = Wanted(
         args.config,
         tuple(args.context or ()),
@@ -91,16 +89,14 @@ def run_cost(args: Namespace) -> None:
         args.batch,
         args.acceptance,
         args.latency / 1e3,
-        args.turns or usual.turns,
-        args.tokens or usual.tokens,
+        args.turns,
+        args.tokens,
     )
     found = report(wanted)
     if args.out:
         config = load_config(find_config(args.config))
         drafts = len(found["acceptance"])
-        with atomic_file(args.out) as temporary:
-            svg = roofline_svg(config, found["context"], shown, drafts)
-            temporary.write_text(svg, encoding="utf-8")
+        write_text(args.out, roofline_svg(config, found["context"], shown, drafts))
     print_json(found) if args.json else print_text(cost_text(found))
     if args.out:
         wrote(args.out)

@@ -1,17 +1,25 @@
-"""generate and chat: from their arguments to what they print; no maths."""
+"""`minstep generate`, and what every command shares that runs a model: flags, prompt, steps."""
 
-import io
-import sys
+import argparse
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from minstep.cli.arguments import (
+    FLOATS,
+    add_model,
+    add_prompt,
+    at_least,
+    not_empty,
+    number,
+    path,
+    seed,
+)
 from minstep.cli.terminal import (
     Display,
     Progress,
@@ -23,22 +31,67 @@ from minstep.cli.terminal import (
 )
 from minstep.config import Config
 from minstep.errors import InputError
-from minstep.generate import Step, check_prompt, steps
+from minstep.generate import Step, steps
 from minstep.model import ModelWeights
-from minstep.sampling import Sampling
+from minstep.sampling import LIMITS, Sampling
 from minstep.store.checkpoint import Checkpoint, open_checkpoint
 from minstep.store.config_file import find_config
 from minstep.store.json_file import read_json
 from minstep.text.continuation import Continuation
-from minstep.text.conversation import Conversation, Story, talk
-from minstep.text.prompt import parse, render
+from minstep.text.prompt import SpecialTokens, parse, render
 from minstep.text.tokenizer import StreamingText, encode, load_tokenizer, text_of
 from minstep.text.tool_calls import objects
+from minstep.validation import check_prompt
 
 SHIPPED = "minstep: no --model: the small model shipped here, trained on Python's documentation"
 DRAFTS = " after  drafts, those that were kept in [] -> new tokens"  # above lines of drafts_line
-ANSWER, PIECE = 2048, 100  # most tokens of a chat's answer, and of a text that only goes on
 CONTINUES = "minstep: this model has learned to continue a text, not to answer"
+
+
+def decoding_flags(
+    add: argparse.ArgumentParser, temp: float, top_p: float, most: int | None, limit: str
+) -> None:
+    """The flags of every command that generates; where mlx-lm has them, names are its."""
+    add_model(add)
+    text = f"most tokens to generate ({limit})"
+    add.add_argument("--max-tokens", type=at_least(0), default=most, metavar="N", help=text)
+    text = "end before this text; may be given several times"
+    add.add_argument(
+        "--stop", type=not_empty, action="append", default=[], metavar="TEXT", help=text
+    )
+    add.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
+
+    how = add.add_argument_group("sampling")
+    text = f"0 is greedy ({temp:g})"
+    from_zero = number(*LIMITS["temperature"])
+    how.add_argument("--temp", type=from_zero, default=temp, metavar="T", help=text)
+    above, text = number(*LIMITS["top_p"]), f"keep this much probability ({top_p:g})"
+    how.add_argument("--top-p", type=above, default=top_p, metavar="P", help=text)
+    text = "keep the K likeliest tokens (0, all)"
+    how.add_argument("--top-k", type=at_least(0), default=0, metavar="K", help=text)
+    within, text = number(*LIMITS["min_p"]), "as a share of the likeliest (0)"
+    how.add_argument("--min-p", type=within, default=0.0, metavar="P", help=text)
+    text = "of tokens in the text so far (1, none)"
+    positive = number(*LIMITS["repetition_penalty"])
+    how.add_argument("--repetition-penalty", type=positive, default=1.0, metavar="X", help=text)
+    how.add_argument("--seed", type=seed, default=0, metavar="N", help="of the draws (0)")
+
+    run = add.add_argument_group("decoding")
+    text = "draft with the MTP layers; greedy text stays the same (on where there are any)"
+    run.add_argument("--mtp", action=argparse.BooleanOptionalAction, default=True, help=text)
+    text = "drafts a step (one for each MTP layer)"
+    run.add_argument("--num-draft-tokens", type=at_least(0), metavar="N", help=text)
+    run.add_argument("--dtype", **FLOATS, help="of every activation")
+    text = "prompt tokens at a time, which bounds memory (512)"
+    run.add_argument("--prefill-chunk", type=at_least(1), default=512, metavar="N", help=text)
+
+
+def special_tokens_flag(add: argparse.ArgumentParser, where: str) -> None:
+    """What becomes of special tokens that stand in messages."""
+    choices = get_args(SpecialTokens)
+    text = f"keep special tokens that {where}, as the released template does, "
+    text += "take them for plain text, or refuse them (released)"
+    add.add_argument("--special-tokens", choices=choices, default=choices[0], help=text)
 
 
 class Model(NamedTuple):
@@ -124,15 +177,32 @@ def decode_steps(
             np.dtype(args.dtype),
             args.prefill_chunk,
             args.ignore_eos,
-            _drafts(args),
+            drafts_wanted(args),
             bar,
         )
 
 
-def _drafts(args: Namespace) -> int | None:
+def drafts_wanted(args: Namespace) -> int | None:
     """How many tokens to draft; None: one for each MTP layer."""
     drafts: int | None = args.num_draft_tokens if args.mtp else 0
     return drafts
+
+
+def add_generate(command: Callable[..., Any]) -> None:
+    """Add it to the parser; `command` adds one: name, what runs it, help, example."""
+    example = '--prompt "Once" --max-tokens 20'
+    add = command("generate", run_generate, "continue a prompt", example)
+    messages = "a conversation, as a JSON array of messages"
+    add_prompt(add).add_argument("--chat-messages", type=path, metavar="FILE.json", help=messages)
+    tools = "what the model may call, as a JSON array; with --chat-messages"
+    add.add_argument("--tools", type=path, metavar="FILE.json", help=tools)
+    special_tokens_flag(add, "stand in --chat-messages and --tools")
+    decoding_flags(add, temp=0.0, top_p=1.0, most=100, limit="100")
+    logs = "log-probabilities of each token and of the N likeliest"
+    add.add_argument("--logprobs", type=at_least(0), default=0, metavar="N", help=logs)
+    show = "print each forward pass: its drafts, those that were kept in [], and its tokens"
+    add.add_argument("--show-drafts", action="store_true", help=show)
+    add.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run_generate(args: Namespace) -> None:
@@ -148,35 +218,35 @@ def run_generate(args: Namespace) -> None:
     if args.stop:
         needed_tokenizer(args, model.tokenizer, "--stop")
     check_drafts(args, model.config)
-    weights, rng = model.load(_drafts(args)), np.random.default_rng(args.seed)
+    weights, rng = model.load(drafts_wanted(args)), np.random.default_rng(args.seed)
     if args.chat_messages and not model.config.can_chat:
         note(CONTINUES)
     stream = StreamingText(model.tokenizer, args.stop) if model.tokenizer else None
     decoded = decode_steps(args, prompt, weights, model.config, rng)
-    said, display = Continuation(decoded, stream, args.logprobs), Display()
+    answer, display = Continuation(decoded, stream, args.logprobs), Display()
     try:
-        for n, piece in enumerate(said):
+        for n, piece in enumerate(answer):
             if not n and args.prompt and not args.json:  # after the bar, which empties its line
                 display.prompt(args.prompt)
             if not args.json:
-                comma = "," if len(said.tokens) > 1 else ""
-                display.put(piece if stream else f"{comma}{said.tokens[-1]}")
+                comma = "," if len(answer.tokens) > 1 else ""
+                display.put(piece if stream else f"{comma}{answer.tokens[-1]}")
     except KeyboardInterrupt:
         if not args.json:
             display.put("\n")
-            note(summary(said.stats(prompt)))
+            note(summary(answer.stats(prompt)))
         raise
     if args.json:
-        print_json(_result(args, prompt, said, tools))
+        print_json(_result(args, prompt, answer, tools))
         return
     display.put("\n")
     word = partial(_word, model.tokenizer)
-    for entry in said.logprobs:
+    for entry in answer.logprobs:
         chosen, *likely = (_logged(each, word) for each in (entry, *entry["top"]))
         print_text(f"token {chosen} of {', '.join(likely)}")
     if args.show_drafts:
-        print_text(DRAFTS, *(drafts_line(each, said.tokens, word) for each in said.passes))
-    note(summary(said.stats(prompt)))
+        print_text(DRAFTS, *(drafts_line(each, answer.tokens, word) for each in answer.passes))
+    note(summary(answer.stats(prompt)))
 
 
 def _word(tokenizer: Tokenizer | None, token: int) -> str:
@@ -193,15 +263,19 @@ def _logged(entry: dict[str, Any], word: Callable[[int], str]) -> str:
 
 
 def _result(
-    args: Namespace, prompt: list[int], said: Continuation, tools: list[Any] | None
+    args: Namespace, prompt: list[int], answer: Continuation, tools: list[Any] | None
 ) -> dict[str, Any]:
     """What --json prints."""
-    result: dict[str, Any] = {"prompt_tokens": prompt, "tokens": said.tokens, "text": said.text}
-    result |= {"stats": said.stats(prompt), "mtp_trace": said.mtp_trace}
+    result: dict[str, Any] = {
+        "prompt_tokens": prompt,
+        "tokens": answer.tokens,
+        "text": answer.text,
+    }
+    result |= {"stats": answer.stats(prompt), "mtp_trace": answer.mtp_trace}
     if args.logprobs:
-        result["logprobs"] = said.logprobs
+        result["logprobs"] = answer.logprobs
     if args.chat_messages:
-        result["message"] = parse(said.text, tools).as_dict()
+        result["message"] = parse(answer.text, tools).as_dict()
     return result
 
 
@@ -216,33 +290,3 @@ def _prompt(args: Namespace, model: Model, tools: list[Any] | None) -> list[int]
         return encode(tokenizer, text, is_rendered=True)
     except InputError as error:
         raise InputError(f"{args.chat_messages}: {error}") from error
-
-
-def run_chat(args: Namespace) -> None:
-    """Talk with the model in a terminal, or answer each line of stdin."""
-    if sys.stdin is None:
-        raise InputError("stdin is closed, expected the lines of a conversation")
-    model = open_model(args.model)
-    tokenizer = needed_tokenizer(args, model.tokenizer, "chat")
-    tools = read_tools(args.tools)
-    if tools and not model.config.can_chat:
-        raise InputError(f"--tools {args.tools}: the model only continues text (can_chat is false)")
-    kind = Conversation if model.config.can_chat else Story
-    conversation = kind(tokenizer, args.system, tools, args.stop, args.special_tokens)
-    check_drafts(args, model.config)
-    weights, rng = model.load(_drafts(args)), np.random.default_rng(args.seed)
-    if not model.config.can_chat:
-        note(f"{CONTINUES}; Ctrl-C stops it")
-    if args.max_tokens is None:
-        args.max_tokens = ANSWER if model.config.can_chat else PIECE
-
-    def decode(prompt: list[int]) -> Iterator[Step]:
-        return decode_steps(args, prompt, weights, model.config, rng)
-
-    is_interactive = sys.stdin.isatty()
-    if is_interactive:
-        with suppress(ImportError):
-            import readline  # noqa: F401  (lets input() edit lines and remember them)
-    elif isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # so that encode refuses what is no UTF-8
-    talk(conversation, decode, Display(args.hide_thinking), is_interactive)

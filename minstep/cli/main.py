@@ -11,26 +11,19 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 import numpy as np
 
 from minstep import __version__
-from minstep.cli import generate as commands
 from minstep.cli.arguments import (
-    FLOATS,
     add_command,
-    add_model,
-    add_prompt,
-    at_least,
-    not_empty,
-    number,
-    path,
-    seed,
 )
-from minstep.cli.bench_flags import add_bench
+from minstep.cli.bench import add_bench
+from minstep.cli.chat import add_chat
 from minstep.cli.cost import add_cost
 from minstep.cli.footgun import add_footgun
+from minstep.cli.generate import add_generate
 from minstep.cli.lab import add_labs
 from minstep.cli.parity import add_parity_commands
 from minstep.cli.store import add_store_commands
@@ -40,9 +33,7 @@ from minstep.cli.walk import add_walk
 from minstep.errors import LONGEST_MESSAGE, InputError, shown
 from minstep.explore.view import add_view
 from minstep.learn.exercise import add_exercise
-from minstep.sampling import LIMITS
 from minstep.store.files import check_output, os_reason
-from minstep.text.prompt import SpecialTokens
 
 GROUPS = {  # of commands, as the help lists them
     "run": "generate chat",
@@ -186,67 +177,6 @@ def _signals() -> Iterator[None]:
             signal.signal(each, handler)
 
 
-def _decoding_flags(
-    add: argparse.ArgumentParser, temp: float, top_p: float, most: int | None, told: str
-) -> None:
-    """The flags of every command that generates; where mlx-lm has them, names are its."""
-    add_model(add)
-    text = f"most tokens to generate ({told})"
-    add.add_argument("--max-tokens", type=at_least(0), default=most, metavar="N", help=text)
-    text = "end before this text; may be given several times"
-    add.add_argument(
-        "--stop", type=not_empty, action="append", default=[], metavar="TEXT", help=text
-    )
-    add.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
-
-    how = add.add_argument_group("sampling")
-    text = f"0 is greedy ({temp:g})"
-    from_zero = number(*LIMITS["temperature"])
-    how.add_argument("--temp", type=from_zero, default=temp, metavar="T", help=text)
-    above, text = number(*LIMITS["top_p"]), f"keep this much probability ({top_p:g})"
-    how.add_argument("--top-p", type=above, default=top_p, metavar="P", help=text)
-    text = "keep the K likeliest tokens (0, all)"
-    how.add_argument("--top-k", type=at_least(0), default=0, metavar="K", help=text)
-    within, text = number(*LIMITS["min_p"]), "as a share of the likeliest (0)"
-    how.add_argument("--min-p", type=within, default=0.0, metavar="P", help=text)
-    text = "of tokens in the text so far (1, none)"
-    positive = number(*LIMITS["repetition_penalty"])
-    how.add_argument("--repetition-penalty", type=positive, default=1.0, metavar="X", help=text)
-    how.add_argument("--seed", type=seed, default=0, metavar="N", help="of the draws (0)")
-
-    run = add.add_argument_group("decoding")
-    text = "draft with the MTP layers; greedy text stays the same (on where there are any)"
-    run.add_argument("--mtp", action=argparse.BooleanOptionalAction, default=True, help=text)
-    text = "drafts a step (one for each MTP layer)"
-    run.add_argument("--num-draft-tokens", type=at_least(0), metavar="N", help=text)
-    run.add_argument("--dtype", **FLOATS, help="of every activation")
-    text = "prompt tokens at a time, which bounds memory (512)"
-    run.add_argument("--prefill-chunk", type=at_least(1), default=512, metavar="N", help=text)
-
-
-def _special_tokens_flag(add: argparse.ArgumentParser, where: str) -> None:
-    """What becomes of special tokens that stand in messages."""
-    choices = get_args(SpecialTokens)
-    text = f"keep special tokens that {where}, as the released template does, "
-    text += "take them for plain text, or refuse them (released)"
-    add.add_argument("--special-tokens", choices=choices, default=choices[0], help=text)
-
-
-def _generate_flags(add: argparse.ArgumentParser) -> None:
-    """The flags of generate alone: where the prompt comes from, and what is printed."""
-    messages = "a conversation, as a JSON array of messages"
-    add_prompt(add).add_argument("--chat-messages", type=path, metavar="FILE.json", help=messages)
-    tools = "what the model may call, as a JSON array; with --chat-messages"
-    add.add_argument("--tools", type=path, metavar="FILE.json", help=tools)
-    _special_tokens_flag(add, "stand in --chat-messages and --tools")
-    _decoding_flags(add, temp=0.0, top_p=1.0, most=100, told="100")
-    logs = "log-probabilities of each token and of the N likeliest"
-    add.add_argument("--logprobs", type=at_least(0), default=0, metavar="N", help=logs)
-    show = "print each forward pass: its drafts, those that were kept in [], and its tokens"
-    add.add_argument("--show-drafts", action="store_true", help=show)
-    add.add_argument("--json", action="store_true", help="print one JSON object")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="minstep",
@@ -264,22 +194,8 @@ def _parser() -> argparse.ArgumentParser:
         texts[name] = text
         return add_command(listed, name, run, text, f"{name} {example}")
 
-    example = '--prompt "Once" --max-tokens 20'
-    add = command("generate", commands.run_generate, "continue a prompt", example)
-    _generate_flags(add)
-
-    example = '--system "Answer briefly" --hide-thinking'
-    add = command("chat", commands.run_chat, "talk with the model", example)
-    text = "what the model is told before all else"
-    add.add_argument("--system", "--system-prompt", metavar="TEXT", help=text)
-    tools = "what the model may call, as a JSON array"
-    add.add_argument("--tools", type=path, metavar="FILE.json", help=tools)
-    _special_tokens_flag(add, "stand in messages")
-    text = "show answers without the thinking before them"
-    add.add_argument("--hide-thinking", action="store_true", help=text)
-    most = f"{commands.ANSWER}; {commands.PIECE} where the model only continues a text"
-    _decoding_flags(add, temp=0.6, top_p=0.95, most=None, told=most)
-
+    add_generate(command)
+    add_chat(command)
     add_train(command)
     add_store_commands(command)
     add_parity_commands(command)

@@ -21,7 +21,7 @@ from minstep.cli.arguments import (
 from minstep.cli.generate import open_model, prompt_tokens
 from minstep.cli.terminal import Progress, note, print_json, print_text, wrote
 from minstep.errors import InputError, shown
-from minstep.generate import check_prompt, steps
+from minstep.generate import steps
 from minstep.parity.diagnosis import (
     Checks,
     check_layers,
@@ -42,6 +42,7 @@ from minstep.store.shards import numbered
 from minstep.store.stages import split
 from minstep.text.continuation import Continuation
 from minstep.text.tokenizer import load_tokenizer, piece
+from minstep.validation import check_prompt
 
 
 def add_parity_commands(command: Callable[..., Any]) -> None:

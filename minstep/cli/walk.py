@@ -18,13 +18,13 @@ from minstep.cli.terminal import Progress, json_text, note, print_json, print_te
 from minstep.errors import InputError, printable
 from minstep.explore.decided import LETTERS
 from minstep.explore.steps import SHOWN, Report, last_stage, take_walk, walk_report
-from minstep.generate import check_prompt
 from minstep.model import ModelWeights
 from minstep.store.checkpoint import Checkpoint
 from minstep.store.config_file import read_config
 from minstep.store.json_file import read_json
 from minstep.store.shards import numbered
 from minstep.store.stages import needs, some_weights, split, stages
+from minstep.validation import check_prompt
 
 PROMPT = "The with statement"
 NEAR = 12  # tokens shown on each side of the one that is followed

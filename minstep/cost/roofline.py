@@ -1,6 +1,6 @@
-"""How long a pass takes at best: reading or multiplying, whichever is longer.
+"""How long a pass takes at best: reading or multiplying, whichever is longer; and the figure of it.
 
-Checked by: tests/cost/test_roofline.py
+Checked by: tests/cost/test_roofline.py, tests/cost/test_command.py
 """
 
 from collections.abc import Callable, Sequence
@@ -10,9 +10,14 @@ from typing import NamedTuple
 
 from minstep.config import Config
 from minstep.cost.count import FORMS, Pass, cache_bytes, decoding_pass, stored_bytes
-from minstep.cost.hardware import LAYER, ROOM, Hardware
+from minstep.cost.hardware import HARDWARE, LAYER, ROOM, Hardware
+from minstep.draw.charts import line_chart
 
 MOST_GPUS, MOST_BATCH = 1024, 1 << 16
+LOW, HIGH = 0.5, 2048.0  # FLOPs a byte that the figure shows
+MOST_LINES = 6  # lines that a chart can tell apart
+DRAWN = ("h100", "h200", "h20", "dgx-spark", "m4-max")  # an H800's roof is an H100's
+TEXTS = (1, 64, 1024)  # whose passes are marked
 
 
 class Setup(NamedTuple):
@@ -131,3 +136,39 @@ def form_that_fits(setup: Setup) -> str:
     """The most precise of FORMS in which the weights and a text fit; the smallest if none does."""
     fits = (name for name in FORMS if fitting_batch(setup._replace(form=name)))
     return next(fits, [*FORMS][-1])
+
+
+def roofline_svg(
+    config: Config, context: int, devices: Sequence[Hardware] = (), drafts: int = 0
+) -> str:
+    """FLOP/s that a device reaches over FLOPs for each byte read, in bfloat16.
+
+    Up to its ridge a device waits for memory. Dashed lines stand where passes over some numbers of
+    texts lie, each with `context` positions, one of them with `drafts` drafts. Raises ValueError
+    for more devices than a chart can tell apart.
+    """
+    devices = devices or [HARDWARE[name] for name in DRAWN]
+    if len(devices) > MOST_LINES:
+        raise ValueError(f"has {len(devices)} devices, expected at most {MOST_LINES}")
+    form = FORMS["bf16"]
+    marks = {
+        f"{n:,} text{'s' if n > 1 else ''}": decoding_pass(config, form, context, n).intensity
+        for n in TEXTS
+    }
+    if drafts:
+        one = decoding_pass(config, form, context, 1, drafts)
+        marks[f"1 text, {drafts} drafts"] = one.intensity
+    roofs = {}
+    for device in devices:
+        bends = [LOW, min(max(LOW, device.ridge), HIGH), HIGH]
+        roofs[device.label] = [
+            (x, min(x * device.bandwidth, device.bf16) / 1e12) for x in dict.fromkeys(bends)
+        ]
+    return line_chart(
+        f"What a pass can reach, at {context:,} tokens of context",
+        roofs,
+        "FLOPs for each byte read",
+        "TFLOP/s",
+        bases=(4, 10),
+        x_marks={words: x for words, x in marks.items() if LOW <= x <= HIGH},
+    )

@@ -11,7 +11,7 @@ from minstep.config import Config
 from minstep.explore.baselines import baselines
 from minstep.model import ModelWeights
 from minstep.train.data import Corpus
-from minstep.train.evaluate import bits_per_byte
+from minstep.train.loss import bits_per_byte
 
 WINDOW = 512  # tokens, as in training
 

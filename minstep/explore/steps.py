@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 
 from minstep.config import Config
 from minstep.explore.decided import deciding, point_of, sizes
-from minstep.generate import check_prompt
 from minstep.model import ModelWeights
 from minstep.parity.record import before
 from minstep.parity.trace import MOST_PROBS, finite, walk
@@ -23,6 +22,7 @@ from minstep.sampling import Sampling, distribution
 from minstep.store.stages import split, stages
 from minstep.tap import Array, ScopedTap
 from minstep.text.tokenizer import text_of
+from minstep.validation import check_prompt
 
 SHOWN = 4  # values kept of a step
 LIKELY = 5  # tokens kept of those that may come next

@@ -26,8 +26,8 @@ from minstep.store.files import atomic_folder
 CHAIN = (
     "config store.config_file fast.bf16 fast.fp8 norm rope cache activations attention mlp moe "
     "model sampling mtp generate weights store.random_checkpoint store.checkpoint text.reply "
-    "text.prompt text.tokenizer store.inspect parity.compare train.gradients train.tape "
-    "train.loss train.schedule train.muon train.balance"
+    "text.prompt text.tokenizer store.inspect parity.compare train.tape train.loss "
+    "train.optimizer train.balance"
 ).split()
 PLANTED_IN = ("config", "norm", "rope", "attention", "mlp", "moe", "model", "mtp", "weights")
 BUGS = [bug for bug in ALL if bug.module in PLANTED_IN]

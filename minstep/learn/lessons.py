@@ -190,10 +190,9 @@ EXERCISES = {
         "training",
         {
             "train.loss": ("surprise", "objective"),
-            "train.gradients": ("matmul",),
-            "train.muon": ("orthogonalised",),
+            "train.tape": ("matmul",),
+            "train.optimizer": ("orthogonalised", "rate_at"),
             "train.balance": ("balance",),
-            "train.schedule": ("rate_at",),
         },
         (
             surprise_is_minus_log_probability,

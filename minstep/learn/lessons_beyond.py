@@ -91,7 +91,7 @@ def the_objective_weighs_the_depths(find: Find, rng: Rng, dtype: DTypeLike) -> S
 
 def a_product_sends_its_gradient_back(find: Find, rng: Rng, dtype: DTypeLike) -> Shown:
     """Also where one side was repeated along the other's axes; vectors are refused."""
-    matmul = find("train.gradients").matmul
+    matmul = find("train.tape").matmul
     for a, b in (
         ((3, 4), (4, 5)),
         ((2, 3, 4), (4, 5)),
@@ -113,7 +113,7 @@ def a_product_sends_its_gradient_back(find: Find, rng: Rng, dtype: DTypeLike) ->
 
 def singular_values_become_one(find: Find, rng: Rng, dtype: DTypeLike) -> Shown:
     """Wide, tall and stacked matrices, fewer steps, and zeros."""
-    orthogonalised = find("train.muon").orthogonalised
+    orthogonalised = find("train.optimizer").orthogonalised
     for shape in ((4, 7), (9, 3), (3, 5, 4), (6, 6)):
         x = floats(rng, shape, dtype)
         for steps in (1, 3, 6):
@@ -123,7 +123,7 @@ def singular_values_become_one(find: Find, rng: Rng, dtype: DTypeLike) -> Shown:
 
 def the_rate_warms_up_and_falls(find: Find, rng: Rng, dtype: DTypeLike) -> Shown:
     """Runs of several lengths, one step among them, and steps after the end."""
-    rate_at = find("train.schedule").rate_at
+    rate_at = find("train.optimizer").rate_at
     for steps, warmup, floor in ((20, 5, 0.1), (20, 0, 0.0), (1, 1, 0.1), (3, 8, 0.2), (1, 0, 0.5)):
         for step in range(steps + 3):
             yield (

@@ -22,7 +22,6 @@ from numpy.typing import DTypeLike
 
 from minstep.config import Config, LayerSpec, RopeSpec
 from minstep.errors import InputError
-from minstep.generate import check_prompt
 from minstep.parity.engine_tensors import open_recording
 from minstep.parity.facts import metadata
 from minstep.parity.trace import Recorder, Trace, described, finite, walk
@@ -48,7 +47,7 @@ from minstep.store.stages import (
     stages,
 )
 from minstep.tap import Array
-from minstep.validation import flaw
+from minstep.validation import check_prompt, flaw
 from minstep.weights import random_weights
 
 ASIDE = (".probs", ".input")  # recorded only where a glob names them

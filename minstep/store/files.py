@@ -119,6 +119,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
             _remove(temporary, Path.unlink)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole. Raises InputError where it cannot be written."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path`, and rename it to `path` when the block ends well.

@@ -1,12 +1,10 @@
-"""A conversation: what was said so far, what an answer is, and the loop of a terminal chat."""
+"""A conversation: its messages so far, and what an answer is."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from minstep.cli.terminal import Display, note, read_line, summary
 from minstep.errors import InputError
 from minstep.generate import Step
 from minstep.text.continuation import Continuation
@@ -17,14 +15,6 @@ from minstep.text.tool_calls import Piece, Tools
 
 NOTHING = {"role": "user", "content": ""}  # a question whose prompt shows what can be rendered
 Decode = Callable[[list[int]], Iterator[Step]]
-
-WELCOME = "/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves"
-HELP = """\
-/reset        forget everything but the system text
-/system TEXT  set the system text; without TEXT show it
-/exit         leave, as Ctrl-D does
-A line that begins with a space is sent as it is, even with a / next.
-A tool's result is a line such as <tool_response>RESULT</tool_response>."""
 
 
 class Conversation:
@@ -69,23 +59,23 @@ class Conversation:
     def ask(self, text: str, decode: Decode) -> Generator[Event, None, None]:
         """The answer's pieces as they come; with the last one the messages hold it and `text`.
 
-        Closed or interrupted before its end, what was said so far is the answer. Where that is
-        nothing at all, `text` is not kept either. Raises InputError for what cannot be a prompt.
+        Closed or interrupted before its end, the tokens so far are the answer. Without any token
+        `text` is not kept either. Raises InputError for what cannot be a prompt.
         """
         self.stats = {}
         question = {"role": "user", "content": text}
         prompt = self._prompt(question)
         stream, reply = StreamingText(self._tokenizer, self._stops), self._reader()
-        said = Continuation(decode(prompt), stream)
+        answer = Continuation(decode(prompt), stream)
         try:
-            for piece in said:
+            for piece in answer:
                 yield from reply.feed(piece)
             yield from reply.finish()
         finally:
-            self.stats = said.stats(prompt)
-            if said.tokens:  # parsed anew: an interrupt may have come while `reply` was at work
-                answer = gathered(self._reader(), said.text + stream.finish())
-                self.messages += [question, answer.as_dict()]
+            self.stats = answer.stats(prompt)
+            if answer.tokens:  # parsed anew: an interrupt may have come while `reply` was at work
+                parsed = gathered(self._reader(), answer.text + stream.finish())
+                self.messages += [question, parsed.as_dict()]
 
     def _prompt(self, question: dict[str, Any]) -> list[int]:
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
@@ -100,95 +90,14 @@ class Conversation:
 class Story(Conversation):
     """One growing text, for a model that continues text and has not learned to answer.
 
-    What is asked is put behind the text so far, after a blank line, and the answer is what comes
+    A question is appended to the text so far, after a blank line, and the answer is what comes
     next: no template, no thinking, no calls. The system text is its beginning.
     """
 
     def _prompt(self, question: dict[str, Any]) -> list[int]:
-        told = (each["content"] for each in (*self.messages, question))
-        text = "\n\n".join(filter(None, (self._system, *told)))
+        contents = (each["content"] for each in (*self.messages, question))
+        text = "\n\n".join(filter(None, (self._system, *contents)))
         return encode(self._tokenizer, Prompt.of([Piece(text, "the text")], self._special_tokens))
 
     def _reader(self) -> PlainStream:
         return PlainStream()
-
-
-def obey(conversation: Conversation, line: str) -> str | None:
-    """Do what a line that begins with a slash says: what to tell the user, None to leave."""
-    name, *rest = line.split(maxsplit=1)
-    text = rest[0].strip() if rest else ""
-    if name == "/exit":
-        return None
-    if name == "/help":
-        return HELP
-    if name == "/reset":
-        conversation.messages.clear()
-        return "forgotten" + (", but for the system text" if conversation.system else "")
-    if name == "/system" and text:
-        conversation.system = text
-        return f"the system text is now: {text}"
-    if name == "/system":
-        return f"the system text is: {conversation.system or 'none'}"
-    return f"{name} is no command; /help lists them, and a space before it sends it as it is"
-
-
-def talk(
-    conversation: Conversation,
-    decode: Decode,
-    display: Display,
-    is_interactive: bool,
-    read: Callable[[], str] = read_line,
-) -> None:
-    """Answer the user's lines until they end, obeying those that begin with a slash.
-
-    Ctrl-C stops an answer; without one it clears the line, and twice in a row it leaves. Where
-    nobody sits at a terminal it is raised, and so is InputError: there nobody can try again.
-    """
-    was_interrupted = False
-    if is_interactive:
-        note(WELCOME)
-    while True:
-        try:
-            line = read()
-            was_interrupted = False
-            if line.startswith("/"):
-                told = obey(conversation, line)
-                if told is None:
-                    return
-                note(told)
-            elif line.strip():
-                _answer(conversation, line.strip(), decode, display, is_interactive)
-        except InputError as error:
-            if not is_interactive:
-                raise
-            note(f"minstep: {error}")
-        except EOFError:
-            if is_interactive:
-                note("")
-            return
-        except KeyboardInterrupt:
-            if not is_interactive:
-                raise
-            note("" if was_interrupted else "\n(Ctrl-C again, or Ctrl-D, leaves)")
-            if was_interrupted:
-                return
-            was_interrupted = True
-
-
-def _answer(
-    conversation: Conversation, text: str, decode: Decode, display: Display, is_interactive: bool
-) -> None:
-    """Show the answer to `text`, and what it cost."""
-    try:
-        with closing(conversation.ask(text, decode)) as events:
-            for event in events:
-                display.show(event)
-    except KeyboardInterrupt:
-        if not is_interactive:
-            raise
-    finally:
-        display.end()
-    if conversation.stats.get("new_tokens"):
-        note(summary(conversation.stats), is_dim=True)
-    else:
-        note("nothing was said, so your message is taken back")

@@ -1,15 +1,19 @@
-"""What training makes small: the surprise at each next token, for the main model and its drafts."""
+"""Cross-entropy: what training makes small, and what the bits a byte of a text measure."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
+from tokenizers import Tokenizer
 
 from minstep.config import Config
 from minstep.model import ModelWeights, decoder, head
 from minstep.mtp import mtp_forward
 from minstep.tap import Array, Tap
+from minstep.train.data import encode_documents
+from minstep.train.documents import Document
 
 
 class Losses(NamedTuple):
@@ -68,3 +72,38 @@ def objective(
     )
     share = mtp_weight / len(depths) if depths else 0.0
     return Losses(sum((depth * share for depth in depths), main), main, depths)
+
+
+def bits_per_byte(
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    weights: ModelWeights,
+    config: Config,
+    length: int,
+    dtype: DTypeLike = np.float32,
+    progress: Callable[[int], object] = lambda done: None,
+) -> float:
+    """The mean cross-entropy of each byte of `documents`; a document has no other one as context.
+
+    Each document is read in windows of `length` tokens, half of which overlap: but for the first
+    window only the second half counts, so that every token but the first has half a window before
+    it. The end of a document has to be predicted too. `progress` is called with the number of
+    tokens done. The same figure for any tokenizer. Raises InputError as encode_documents does.
+    Source: strided perplexity, as in transformers' documentation; bits a byte as in the Pile,
+        arXiv 2101.00027, section 3.1.
+    Checked by: tests/train/test_bits_per_byte.py
+    """
+    nats, done, step = 0.0, 0, max(1, length // 2)
+    for document in documents:
+        tokens = encode_documents([document], tokenizer)
+        counted = 1  # bos is given
+        while counted < len(tokens):
+            start = max(0, counted - 1 - (length - 1 - step))
+            window = tokens[start : start + length].tolist()
+            logits = head(decoder(window[:-1], weights, config, dtype), weights, config)
+            first = counted - start  # the first token of the window that counts
+            nats += float(surprise(logits[first - 1 :], window[first:]).sum(dtype=np.float64))
+            counted = start + len(window)
+        done += len(tokens)
+        progress(done)
+    return nats / math.log(2) / sum(document.nbytes for document in documents)

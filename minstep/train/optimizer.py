@@ -1,4 +1,10 @@
-"""The optimizer: Muon for matrices, AdamW for vectors, embeddings and heads."""
+"""The optimizer: Muon for matrices, AdamW for vectors, embeddings and heads; and its rate.
+
+Muon's one idea: an update with all its singular values made 1, so that each direction counts. The
+momentum of a matrix is nearly of low rank: a few directions drown the rest. Its nearest orthogonal
+matrix has the same directions, all of one size. A few matrix products find it, with no singular
+value decomposition.
+"""
 
 import math
 from collections.abc import Mapping
@@ -9,12 +15,71 @@ import numpy as np
 from minstep.errors import InputError
 from minstep.fast.threads import each
 from minstep.tap import Array
-from minstep.train.muon import orthogonalised
 from minstep.weights import Shape
 
 # A row for each token of the vocabulary: most have next to no gradient, which Muon would blow up.
 TABLES = ("embed_tokens.weight", "lm_head.weight", "shared_head.output.weight")
 MUON, ADAMW = ("momentum",), ("first", "second")  # what each keeps of a tensor's past gradients
+
+# a, b and c of each step's polynomial a*x + b*x^3 + c*x^5. Each is the best there is for the range
+# of singular values that the one before leaves.
+COEFFICIENTS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+)
+SAFETY = 1.01  # as if values were 1% smaller: one that rounding lifts over the range does not grow
+TINY = 1e-7  # a matrix of a smaller norm fades, instead of its noise being blown up
+
+
+def rate_at(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
+    """The share of the peak rate, 0 to 1, that step `step` of `steps`, counted from 0, goes at.
+
+    Step 0 gets 1 / warmup, so that no step is wasted at rate 0; step warmup - 1 is the first at the
+    peak, and the last step gets `floor`, a share of the peak. No warm-up is one of one step; steps
+    after the last stay at the floor. A run of one step goes at the peak.
+    Source: stage 1 of report section D: 0 to 2.5e-4 in 2,000 steps, cosine to 5e-5, a floor of 0.2.
+    Checked by: tests/train/test_schedule.py
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    peak = max(warmup - 1, 0)
+    if step == peak:
+        return 1.0
+    progress = min(1.0, (step - peak) / max(1, steps - 1 - peak))
+    return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def orthogonalised(update: Array, steps: int = 6) -> Array:
+    """The nearest orthogonal matrix, nearly: U V^T where the update is U S V^T.
+
+    update [O, I], or a stack [E, O, I] of which each matrix stands for itself, float32 or float64.
+    Returns the same shape and dtype. `steps`, 1 to 6, of the iteration. After 6, singular values
+    from 1e-3 to 1 of the matrix's Frobenius norm are within 0.993 to 1.002, those of 1e-4 at 0.18;
+    after 5, within 0.84 to 1.13. A matrix of zeros stays zero.
+    Source: Polar Express, arXiv 2505.16932, its coefficients and safety factor; 6 steps of it as in
+        report section D, which ran them in float16. Muon, kellerjordan.github.io/posts/muon.
+    Differs: Muon's first form repeats one polynomial (3.4445, -4.7750, 2.0315) 5 times, which
+        leaves singular values further from 1: docs/12-training.md computes how far.
+    Checked by: tests/train/test_muon.py
+    """
+    is_tall = update.shape[-2] > update.shape[-1]
+    x = update.swapaxes(-1, -2) if is_tall else update  # x x^T is then the smaller product
+    norm = np.sqrt(np.square(x).sum(axis=(-2, -1), keepdims=True))  # [..., 1, 1]
+    x = x / (norm * SAFETY + TINY)
+    for a, b, c in COEFFICIENTS[:steps]:
+        gram = x @ x.swapaxes(-1, -2)
+        higher = gram @ gram
+        higher *= c / SAFETY**5
+        gram *= b / SAFETY**3
+        gram += higher
+        added = gram @ x
+        x *= a / SAFETY
+        x += added
+    return x.swapaxes(-1, -2) if is_tall else x
 
 
 class Settings(NamedTuple):

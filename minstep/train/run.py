@@ -1,44 +1,36 @@
-"""`minstep train`: from a configuration and text to a checkpoint, with a log that can be read."""
+"""A training run in a folder: what it reads, what it writes down, and how it goes on from there."""
 
 import hashlib
+import json
 import math
-import signal
-import threading
-from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from minstep.cli.terminal import Progress, note, print_text
-from minstep.config import Config
+from minstep.config import Config, parse_config
 from minstep.draw.charts import line_chart, load_chart
 from minstep.errors import InputError
-from minstep.store.config_file import read_config
-from minstep.store.files import OWNED, owned_folder
+from minstep.fast.bf16 import to_bf16
+from minstep.store.files import OWNED, atomic_file, open_file, os_reason, write_text
+from minstep.store.header import Data, write_tensors
 from minstep.tap import Array
 from minstep.train.bpe import train_tokenizer
-from minstep.train.data import Corpus, encode_documents, read_corpus
-from minstep.train.evaluate import bits_per_byte
+from minstep.train.data import encode_documents, read_corpus
 from minstep.train.log import Row, header, line
-from minstep.train.saved import STATE, load_state, save_checkpoint, save_state, write_text
+from minstep.train.loss import bits_per_byte
 from minstep.train.trainer import Plan, Training
-from minstep.train.workers import MOST_PROCESSES, SHARE, WorkerEnded, Workers, workers
+from minstep.train.workers import WorkerEnded, Workers
+from minstep.validation import flaw
 from minstep.weights import assemble
 
-MOST_TOKENS = 1 << 24  # of a step: their places alone take 8 bytes each, several times over
-
-
-class Text(NamedTuple):
-    """What a run reads."""
-
-    corpus: Corpus
-    tokenizer: Tokenizer
-    stream: NDArray[np.int32]  # [N] the tokens to train on
+STATE = "training.state"  # a safetensors file; the ending keeps it apart from a model's tensors
+# What a damaged file raises; a dtype that NumPy lacks is a TypeError or an AttributeError.
+DAMAGES = (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError)
 
 
 class Every(NamedTuple):
@@ -49,75 +41,146 @@ class Every(NamedTuple):
     save: int  # everything is written
 
 
-def run_train(args: Namespace) -> None:
-    """Train, and write config, weights, tokenizer, log and charts into a folder."""
-    raw, config, _ = read_config(args.config)
-    plan = Plan(**{name: getattr(args, name) for name in Plan._fields})
-    _check(plan, config)
-    processes = min(args.processes, math.ceil(plan.sequences / SHARE), MOST_PROCESSES)
-    with owned_folder(args.out):
-        run = _prepared(args, plan, raw, config)
-        with _asked_to_stop() as asked, workers(processes) as pool:
-            run.go(pool, asked)
+class Run:
+    """A training run: a new one in an empty folder, or the one that was ended there.
 
+    `raw`: the JSON of its config; `files`: its text, none for Python's documentation. Raises
+    InputError for a folder that holds anything else, for text that cannot be trained on, and for a
+    run to go on with that was begun with another plan, config or text.
+    Checked by: tests/cli/test_train.py
+    """
 
-def _prepared(args: Namespace, plan: Plan, raw: dict[str, Any], config: Config) -> "Run":
-    """A new run, or the one that was ended in --out."""
-    folder: Path = args.out
-    state, facts = load_state(folder) if args.resume else ({}, {})
-    _check_folder(folder, args.resume)
-    text = _read_text(args.text, config)
-    its_facts = {
-        "plan": plan._asdict(),
-        "config": raw,
-        "text": hashlib.sha256(text.stream.tobytes()).hexdigest(),
-    }
-    training = Training(config, plan, text.stream)
-    rows: list[Row] = []
-    if args.resume:
-        _check_facts(folder / STATE, facts, its_facts)
-        try:
-            training.restore(state)
-        except InputError as error:
-            raise InputError(f"{folder / STATE}: {error}") from error
-        rows = read_rows(folder / STATE, facts, config)
-    every = Every(args.log_every, args.check_every, args.save_every)
-    return Run(training, text, folder, rows, its_facts, every)
+    def __init__(
+        self,
+        folder: Path,
+        raw: dict[str, Any],
+        plan: Plan,
+        files: Sequence[Path],
+        every: Every,
+        resumes: bool,
+    ) -> None:
+        file = folder / STATE
+        state, begun = load_state(folder) if resumes else ({}, {})
+        _check_folder(folder, resumes)
+        config, self.folder, self.every = parse_config(raw), folder, every
+        self.corpus = read_corpus(files)
+        texts = (each.text for each in self.corpus.train)
+        self.tokenizer = train_tokenizer(texts, config.vocab_size)
+        stream = encode_documents(self.corpus.train, self.tokenizer)  # [N]
+        digest = hashlib.sha256(stream.tobytes()).hexdigest()
+        self.facts: dict[str, Any] = {"plan": plan._asdict(), "config": raw, "text": digest}
+        self.training = Training(config, plan, stream)
+        self.rows: list[Row] = []
+        if resumes:
+            _check_facts(file, begun, self.facts)
+            try:
+                self.training.restore(state)
+            except InputError as error:
+                raise InputError(f"{file}: {error}") from error
+            self.rows = read_rows(file, begun, config)
+        self.head = [*self._title(), header(len(config.mtp_layers))]  # of the log
+        self.loads: dict[str, Array] = {}  # of the experts, between the last two rows
 
+    def go(
+        self,
+        pool: Workers,
+        is_stopped: Callable[[], bool],
+        show: Callable[[str], None],
+        progress: Callable[[int], None],
+    ) -> bool:
+        """Train to the last step, or to the end of the step in which `is_stopped` became true.
 
-def _check(plan: Plan, config: Config) -> None:
-    """Raise InputError where a flag does not fit the model."""
-    most, least = config.max_positions, len(config.mtp_layers) + 2
-    if not least <= plan.length <= most:
-        raise InputError(f"--length {plan.length}: expected {least} to {most} for this model")
-    if plan.sequences * plan.length > MOST_TOKENS:
-        message = f"of {plan.length} tokens each, expected at most {MOST_TOKENS:,} tokens in a step"
-        raise InputError(f"--sequences {plan.sequences}: {message}")
+        Either way all is written; returns whether it was the last step. `show` gets the lines of
+        the log as they come, `progress` the number of steps done.
+        """
+        training, steps = self.training, self.training.plan.steps
+        show("\n".join(self.head))
+        while training.done < steps:
+            try:
+                training.step(pool)
+            except WorkerEnded:
+                if not is_stopped():
+                    raise
+                break  # the signal to stop went to all processes, and has ended that one too
+            done = training.done
+            is_last = done == steps
+            if done % self.every.row == 0 or is_last:
+                show(self._row(is_last or done % self.every.check == 0))
+            progress(done)
+            if is_stopped():
+                break
+            if done % self.every.save == 0 and not is_last:
+                self.save()
+        else:
+            self.save()
+            (self.folder / STATE).unlink(missing_ok=True)
+            return True
+        self.save()
+        return False
+
+    def _row(self, measures: bool) -> str:
+        """Add a row to the log: its line."""
+        row = self.training.row()
+        if measures:
+            row = row._replace(held_out=self.held_out())
+        self.loads = self.training.loads()
+        self.training.begin_row()
+        self.rows.append(row)
+        return line(row)
+
+    def held_out(self) -> float:
+        """Bits a byte of the text that is not trained on."""
+        training, documents = self.training, self.corpus.held_out
+        weights = assemble(training.config, lambda name, _: training.tensors[name])
+        length = training.plan.length
+        return bits_per_byte(documents, self.tokenizer, weights, training.config, length)
+
+    def save(self) -> None:
+        """Write the checkpoint, the log and the charts, and last the state to go on from."""
+        training, folder = self.training, self.folder
+        save_checkpoint(folder, training.tensors, self.facts["config"], self.tokenizer)
+        write_text(folder / "log.txt", "\n".join([*self.head, *map(line, self.rows)]) + "\n")
+        if self.rows:
+            write_text(folder / "loss.svg", self._losses())
+        if self.loads:
+            chart = load_chart("Tokens of each expert", {f"to step {training.done}": self.loads})
+            write_text(folder / "loads.svg", chart)
+        save_state(folder, training.state(), self.facts | {"rows": self.rows})
+
+    def _title(self) -> tuple[str, str]:
+        plan = ", ".join(f"{name} {value}" for name, value in self.facts["plan"].items())
+        sizes = [sum(each.nbytes for each in part) for part in self.corpus]
+        tokens = len(self.training.stream)
+        text = f"text: {sizes[0]:,} bytes, {tokens:,} tokens; held out {sizes[1]:,} bytes"
+        count = sum(x.size for x in self.training.tensors.values())
+        return plan, f"{count:,} parameters; {text}"
+
+    def _losses(self) -> str:
+        names = ["main", *(f"MTP {k}" for k in range(1, len(self.rows[0].losses)))]
+        series = {
+            name: [(float(row.step), row.losses[k]) for row in self.rows]
+            for k, name in enumerate(names)
+        }
+        return line_chart("Training loss", series, "step", "nats a token")
 
 
 def _check_folder(folder: Path, resumes: bool) -> None:
     """Raise InputError unless a new run may write into `folder`, before hours go into it."""
     entries = sorted(entry for entry in folder.iterdir() if entry.name != OWNED)
     if entries and not resumes:
-        its = "an unfinished run, --resume goes on with it" if folder / STATE in entries else ""
-        holds = its or f"holds {entries[0].name}, expected a new or empty folder"
-        raise InputError(f"{folder}: {holds}")
-
-
-def _read_text(files: list[Path], config: Config) -> Text:
-    """The documents, the tokenizer that is made for them, and the tokens to train on."""
-    corpus = read_corpus(files)
-    tokenizer = train_tokenizer((each.text for each in corpus.train), config.vocab_size)
-    return Text(corpus, tokenizer, encode_documents(corpus.train, tokenizer))
+        reason = f"holds {entries[0].name}, expected a new or empty folder"
+        if folder / STATE in entries:
+            reason = "an unfinished run, --resume goes on with it"
+        raise InputError(f"{folder}: {reason}")
 
 
 def _check_facts(file: Path, facts: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raise InputError where a run to go on with was begun with other flags, config or text."""
-    plan, its_plan = expected["plan"], facts.get("plan", {})
+    plan, begun = expected["plan"], facts.get("plan", {})
     for name, value in plan.items():
-        if its_plan.get(name) != value:
+        if begun.get(name) != value:
             flag = f"--{name.replace('_', '-')}"
-            message = f"was begun with {flag} {its_plan.get(name)}, expected the same"
+            message = f"was begun with {flag} {begun.get(name)}, expected the same"
             raise InputError(f"{file}: {message}, not {value}")
     for name in ("config", "text"):
         if facts.get(name) != expected[name]:
@@ -127,7 +190,7 @@ def _check_facts(file: Path, facts: dict[str, Any], expected: dict[str, Any]) ->
 def read_rows(file: Path, facts: dict[str, Any], config: Config) -> list[Row]:
     """The rows of the log so far. Raises InputError unless they are as Run.save wrote them.
 
-    Checked by: tests/train/test_command.py
+    Checked by: tests/train/test_run.py
     """
     try:
         rows = [Row(step, tuple(losses), *others) for step, losses, *others in facts["rows"]]
@@ -145,124 +208,53 @@ def read_rows(file: Path, facts: dict[str, Any], config: Config) -> list[Row]:
     return rows
 
 
-class Run:
-    """A training run under way: what it writes down, and when."""
+def save_checkpoint(
+    folder: Path, tensors: dict[str, Array], raw: dict[str, Any], tokenizer: Tokenizer
+) -> None:
+    """Write config.json, tokenizer.json and model.safetensors into `folder`, each whole.
 
-    def __init__(
-        self,
-        training: Training,
-        text: Text,
-        folder: Path,
-        rows: list[Row],
-        facts: dict[str, Any],
-        every: Every,
-    ) -> None:
-        self.training, self.text, self.folder = training, text, folder
-        self.rows, self.facts, self.every = rows, facts, every
-        self.head = [*self._title(), header(len(training.config.mtp_layers))]  # of the log
-        self.loads: dict[str, Array] = {}  # of the experts, between the last two rows
-
-    def go(self, pool: Workers, asked: Sequence[signal.Signals]) -> None:
-        """Train to the last step. A signal that was `asked` ends the step under way, saves, and is
-        raised again.
-        """
-        training, steps = self.training, self.training.plan.steps
-        print_text(*self.head)
-        with Progress("training", steps, "steps") as bar:
-            while training.done < steps:
-                try:
-                    training.step(pool)
-                except WorkerEnded:
-                    if not asked:
-                        raise
-                    self._stop(asked[0], bar)  # a signal to all processes has ended that one too
-                done = training.done
-                is_last = done == steps
-                if done % self.every.row == 0 or is_last:
-                    self._note(is_last or done % self.every.check == 0, bar)
-                bar(done)
-                if asked:
-                    self._stop(asked[0], bar)
-                elif done % self.every.save == 0 and not is_last:
-                    self.save()
-        self.save()
-        (self.folder / STATE).unlink(missing_ok=True)
-
-    def _stop(self, asked: signal.Signals, bar: Progress) -> None:
-        """Save, and raise the signal again that asked for it."""
-        self.save()
-        bar.erase()
-        done, steps = self.training.done, self.training.plan.steps
-        with suppress(OSError):  # after SIGHUP there is no terminal
-            note(f"minstep: saved after step {done} of {steps}: --resume goes on from there")
-        signal.raise_signal(asked)
-
-    def _note(self, measures: bool, bar: Progress) -> None:
-        """Add a row to the log, and print it."""
-        row = self.training.row()
-        if measures:
-            row = row._replace(held_out=self.held_out())
-        self.loads = self.training.loads()
-        self.training.begin_row()
-        self.rows.append(row)
-        bar.erase()
-        print_text(line(row))
-
-    def held_out(self) -> float:
-        """Bits a byte of the text that is not trained on."""
-        training = self.training
-        weights = assemble(training.config, lambda name, _: training.tensors[name])
-        documents, length = self.text.corpus.held_out, training.plan.length
-        return bits_per_byte(documents, self.text.tokenizer, weights, training.config, length)
-
-    def save(self) -> None:
-        """Write the checkpoint, the log and the charts, and last the state to go on from."""
-        training, folder = self.training, self.folder
-        save_checkpoint(folder, training.tensors, self.facts["config"], self.text.tokenizer)
-        write_text(folder / "log.txt", "\n".join([*self.head, *map(line, self.rows)]) + "\n")
-        if self.rows:
-            write_text(folder / "loss.svg", self._losses())
-        if self.loads:
-            chart = load_chart("Tokens of each expert", {f"to step {training.done}": self.loads})
-            write_text(folder / "loads.svg", chart)
-        facts = self.facts | {"rows": self.rows}
-        save_state(folder, training.state(), facts)
-
-    def _title(self) -> tuple[str, str]:
-        plan = ", ".join(f"{name} {value}" for name, value in self.facts["plan"].items())
-        corpus, stream = self.text.corpus, self.text.stream
-        sizes = [sum(each.nbytes for each in part) for part in corpus]
-        text = f"text: {sizes[0]:,} bytes, {len(stream):,} tokens; held out {sizes[1]:,} bytes"
-        count = sum(x.size for x in self.training.tensors.values())
-        return plan, f"{count:,} parameters; {text}"
-
-    def _losses(self) -> str:
-        names = ["main", *(f"MTP {k}" for k in range(1, len(self.rows[0].losses)))]
-        series = {
-            name: [(float(row.step), row.losses[k]) for row in self.rows]
-            for k, name in enumerate(names)
-        }
-        return line_chart("Training loss", series, "step", "nats a token")
+    Tensors are bfloat16, router biases float32, as on the hub. `raw` is the config's JSON. Raises
+    InputError where a file cannot be written.
+    Checked by: tests/train/test_run.py
+    """
+    data = {
+        name: Data.of(x)
+        if name.endswith("router_bias")
+        else Data("BF16", x.shape, [to_bf16(x).data])
+        for name, x in tensors.items()
+    }
+    with atomic_file(folder / "model.safetensors") as temporary:
+        write_tensors(temporary, data, {"format": "pt"})
+    written = json.dumps(raw | {"torch_dtype": "bfloat16", "can_chat": False}, indent=1)
+    write_text(folder / "config.json", written + "\n")
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=False) + "\n")
 
 
-@contextmanager
-def _asked_to_stop() -> Iterator[list[signal.Signals]]:
-    """While a step runs a signal that ends only leaves word here; a second one ends at once."""
-    asked: list[signal.Signals] = []
-    numbers = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-    is_main = threading.current_thread() is threading.main_thread()
-    handlers = {s: signal.getsignal(s) for s in numbers if is_main}
-    # What a shell's background job was told to ignore stays ignored.
-    before = {s: handler for s, handler in handlers.items() if handler is not signal.SIG_IGN}
+def save_state(folder: Path, state: dict[str, Array], facts: dict[str, Any]) -> None:
+    """Write a run's arrays, and the JSON `facts` that they go with, bit for bit."""
+    data = {name: Data.of(np.asarray(x)) for name, x in state.items()}
+    with atomic_file(folder / STATE) as temporary:
+        write_tensors(temporary, data, {"facts": json.dumps(facts)})
 
-    def note(number: int, _: Any) -> None:
-        asked.append(signal.Signals(number))
-        signal.signal(number, before[signal.Signals(number)])
 
-    for each in before:
-        signal.signal(each, note)
+def load_state(folder: Path) -> tuple[dict[str, Array], dict[str, Any]]:
+    """What save_state wrote, all of it finite. Raises InputError where it is missing or damaged."""
+    file = folder / STATE
+    if not os.path.exists(file):
+        raise InputError(f"{file}: is missing, expected what an unfinished run leaves")
+    open_file(file).close()  # the package would wait for a pipe
     try:
-        yield asked
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        with safe_open(file, framework="numpy") as opened:
+            facts = json.loads((opened.metadata() or {})["facts"])
+            if not isinstance(facts, dict) or not isinstance(facts.get("plan", {}), dict):
+                raise ValueError("its facts are no object with a plan")
+            state = {name: opened.get_tensor(name) for name in opened.keys()}
+        for name, x in state.items():
+            if what := flaw(x):
+                raise ValueError(f"{name} {what}")
+        return state, facts
+    except DAMAGES as error:
+        message = f"is damaged: {error}, expected what an unfinished run leaves"
+        raise InputError(f"{file}: {message}") from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {os_reason(error)}") from error

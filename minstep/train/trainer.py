@@ -12,8 +12,7 @@ from minstep.tap import Array
 from minstep.train.balance import Counter, balance
 from minstep.train.data import sequences
 from minstep.train.log import Row
-from minstep.train.optimizer import Optimizer, Settings
-from minstep.train.schedule import rate_at
+from minstep.train.optimizer import Optimizer, Settings, rate_at
 from minstep.train.workers import Tensors, Workers
 from minstep.weights import tensor_shapes
 
@@ -38,7 +37,7 @@ class Training:
 
     `stream` [N] int32: the tokens to train on. Everything is float32, and depends on the arguments
     alone: a run that is restored goes on bit for bit.
-    Source: report section 4.1 for the order of things; see optim, schedule and balance.
+    Source: report section 4.1 for the order of things; see optimizer and balance.
     Checked by: tests/train/test_trainer.py
     """
 

@@ -10,11 +10,19 @@ import pytest
 
 from minstep import open_checkpoint
 from minstep.bench import decoding, timing
-from minstep.bench.layer import bench_moe
-from minstep.bench.peers import Setup
-from minstep.bench.report import bench_report, bench_table, case_lines, charts, is_busy, judged
-from minstep.bench.targets import LIMIT, TARGETS, target
-from minstep.bench.timing import Curve, Found, Row, read_rate, rounds
+from minstep.bench.moe import bench_moe
+from minstep.bench.peer import Setup
+from minstep.bench.report import (
+    TARGETS,
+    bench_report,
+    bench_table,
+    case_lines,
+    charts,
+    is_busy,
+    judged,
+    target,
+)
+from minstep.bench.timing import LIMIT, Curve, Found, Row, read_rate, rounds
 from minstep.bench.training import training
 from minstep.fast import pages
 from tests.conftest import GOLDEN, Refused, Run
@@ -72,7 +80,7 @@ def test_afterwards_weights_are_asked_for_ahead_again(monkeypatch: pytest.Monkey
     checkpoint = open_checkpoint(GOLDEN / "tiny" / "bf16")
     bench_moe(checkpoint, 3, np.random.default_rng(0))
     assert all(mapped.pages.asks for mapped in checkpoint.maps.values())
-    monkeypatch.setattr("minstep.bench.layer.DONTNEED", None)  # as on a system that cannot forget
+    monkeypatch.setattr("minstep.bench.moe.DONTNEED", None)  # as on a system that cannot forget
     report = bench_moe(checkpoint, 3, np.random.default_rng(0))
     assert report["cold_ms"] is None and report["cold_ahead_ms"] is None
     assert pages.DONTNEED is not None
@@ -94,7 +102,6 @@ def test_sides_take_turns_a_block_at_a_time() -> None:
 def test_a_ratio_is_of_the_fastest_rounds_and_has_a_spread() -> None:
     row = Row("tiny", "decode", [2.0, 1.0, 4.0], {"float32": [5.0, 3.0, 4.0]})
     assert row.ratio("float32") == (3.0, 1.0, 3.0)
-    assert row._replace(in_pairs=True).ratio("float32") == (2.5, 1.0, 3.0)
 
 
 def test_reading_counts_all_bytes_and_takes_any_array() -> None:
@@ -222,7 +229,7 @@ def test_the_cost_over_the_context_is_a_curve(small: None, run: Run, tmp_path: P
 def test_drafts_are_timed_beside_one_draft_and_none(
     small: None, read_once: None, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minstep.bench.drafts.NEW", 4)
+    monkeypatch.setattr("minstep.bench.decoding.NEW", 4)
     monkeypatch.setattr("minstep.cli.bench.FEWER", 1)
     ran = run("bench", "--only", "drafts", "--quick", "--peer", "no-such", "--json")
     found = json.loads(ran.out)["cases"]["drafts"]

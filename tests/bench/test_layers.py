@@ -9,10 +9,10 @@ from minstep import open_checkpoint
 from minstep.attention import attend
 from minstep.bench import timing
 from minstep.bench.attention import Sizes, attention_layer, cut, filled
-from minstep.bench.layers import layer_file, layer_half, moe_layer, tokens_drawn
-from minstep.bench.peers import Setup
+from minstep.bench.moe import layer_file, layer_half, moe_layer, tokens_drawn
+from minstep.bench.peer import Setup
 from minstep.bench.reading import _parts, reading
-from minstep.bench.targets import LIMIT
+from minstep.bench.timing import LIMIT
 from minstep.linear import as_float
 from minstep.moe import route
 from minstep.store.config_file import read_config
@@ -30,7 +30,7 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
 def test_experts_that_are_not_drawn_repeat_those_that_are(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minstep.bench.layers.DRAWN", 6)
+    monkeypatch.setattr("minstep.bench.moe.DRAWN", 6)
     folder = layer_file(setup.folder / "moe", TINY, LAYER, seed=0)
     moe = layer_half(open_checkpoint(folder), LAYER, 16).weights.moe
     assert moe
@@ -108,6 +108,6 @@ def test_opening_and_cold_reads_are_held_against_plain_reads(
     opened, cold = found.rows
     assert opened.what == "open 180 tensors" and cold.what.startswith("cold")
     assert list(opened.others) == list(cold.others) == ["plain reads"]
-    monkeypatch.setattr("minstep.bench.reading.DONTNEED", None)  # as where nothing is forgotten
+    monkeypatch.setattr("minstep.bench.moe.DONTNEED", None)  # as where nothing is forgotten
     again = reading(setup._replace(folder=setup.folder / "moe"), TINY, LAYER, shards=4)
     assert len(again.rows) == 1 and "nothing cold" in again.notes[-1]

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from minstep.bench import attention, decoding, layers, timing, training
-from minstep.bench import peers as peers_module
-from minstep.bench.peers import PeerError, Setup, peer
+from minstep.bench import attention, decoding, moe, timing, training
+from minstep.bench import peer as peers_module
+from minstep.bench.peer import PeerError, Setup, peer
 from minstep.store.config_file import read_config
 from tests.conftest import Run
 
@@ -41,7 +41,7 @@ for line in sys.stdin:
 """
 RUN = """
 import sys, pathlib
-import minstep.bench.peers as peers
+import minstep.bench.peer as peers
 from minstep.cli.main import main
 peers.SCRIPT = pathlib.Path(sys.argv[1])
 sys.exit(main(sys.argv[2:]))
@@ -166,7 +166,7 @@ def test_torch_computes_the_same_in_every_case(
     found = [
         decoding.tiny(real),
         decoding.trained(real),
-        layers.moe_layer(real, raw, 3),
+        moe.moe_layer(real, raw, 3),
         attention.attention_layer(real, (100, 5000), small),
         training.training(real, length=24),
     ]
@@ -180,9 +180,9 @@ def test_torch_computes_the_same_in_every_case(
 
 @pytest.mark.torch
 def test_a_different_computation_is_told(real: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    raw, drawn = read_config("tiny")[0], layers.tokens_drawn
-    monkeypatch.setattr(layers, "tokens_drawn", lambda n, count, size: drawn(n + 1, count, size))
-    assert layers.moe_layer(real, raw, 3).errors
+    raw, drawn = read_config("tiny")[0], moe.tokens_drawn
+    monkeypatch.setattr(moe, "tokens_drawn", lambda n, count, size: drawn(n + 1, count, size))
+    assert moe.moe_layer(real, raw, 3).errors
     fill = attention.filled
     monkeypatch.setattr(attention, "filled", lambda n, sizes, seed: fill(n, sizes, seed + 1))
     assert attention.attention_layer(real, (100,), attention.Sizes(8, 2, 16)).errors

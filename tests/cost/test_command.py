@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minstep.cost.chart import HIGH, LOW, roofline_svg
 from minstep.cost.count import FORMS, decoding_pass
 from minstep.cost.hardware import HARDWARE
-from minstep.cost.report import Wanted, report
-from minstep.cost.roofline import Setup, gpus_for
-from minstep.cost.text import si
+from minstep.cost.report import Wanted, report, si
+from minstep.cost.roofline import HIGH, LOW, Setup, gpus_for, roofline_svg
 from minstep.store.config_file import find_config, load_config, shipped_folder
 from tests.conftest import Run
 

@@ -10,9 +10,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 import minstep
+from minstep.cli.chat import obey
 from minstep.cli.main import main
 from minstep.errors import InputError
-from minstep.text.conversation import Conversation, Story, obey
+from minstep.text.conversation import Conversation, Story
 from minstep.text.prompt import SPECIAL, TEMPLATE_TAGS, Prompt, SpecialTokens, render
 from minstep.text.tokenizer import byte_level_tokenizer, encode, load_tokenizer, special_tokens
 from minstep.text.tool_calls import Piece

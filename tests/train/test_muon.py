@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minstep.tap import Array
-from minstep.train.muon import orthogonalised
+from minstep.train.optimizer import orthogonalised
 
 RNG = np.random.default_rng(0)
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from minstep.train.schedule import rate_at
+from minstep.train.optimizer import rate_at
 
 
 def rates(steps: int, warmup: int, floor: float = 0.1) -> list[float]:

@@ -14,8 +14,8 @@ from minstep.store.config_file import find_config
 from minstep.train.bpe import train_tokenizer
 from minstep.train.data import encode_documents, read_corpus
 from minstep.train.log import read_log
-from minstep.train.saved import STATE, load_state, save_state
-from minstep.train.schedule import rate_at
+from minstep.train.optimizer import rate_at
+from minstep.train.run import STATE, load_state, save_state
 from minstep.train.trainer import Plan, Training, initial_tensors
 from minstep.train.workers import Result, Workers, workers
 from minstep.weights import tensor_shapes

@@ -1,6 +1,7 @@
-"""What a run leaves on disk: a checkpoint, and a state."""
+"""What a run leaves on disk: a checkpoint, a state, and the rows of its log."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from minstep.errors import InputError
 from minstep.fast.bf16 import BF16Array, to_bf16
 from minstep.store.config_file import read_config
 from minstep.text.tokenizer import byte_level_tokenizer
-from minstep.train.saved import STATE, load_state, save_checkpoint, save_state
+from minstep.train.run import STATE, load_state, read_rows, save_checkpoint, save_state
 from minstep.weights import random_tensors
 from tests.conftest import Refused
 
@@ -61,3 +62,34 @@ def test_make_tiny_does_not_take_a_trained_checkpoint_for_its_own(
     tensors = dict(random_tensors(config, np.random.default_rng(1)))
     save_checkpoint(tmp_path, tensors, raw, byte_level_tokenizer())
     refused("make-tiny", "tiny", "--out", tmp_path, naming=("model.safetensors", "did not write"))
+
+
+ROW = [1, [5.0] * 4, 1e-3, 0.5, 0.0, 2.25, None]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        None,
+        3,
+        [1],
+        [[]],
+        [[1, [1.0] * 4]],
+        [[*ROW, 1]],
+        [[1, [1.0], *ROW[2:]]],
+        [[1, ["a"] * 4, *ROW[2:]]],
+        [[1, [float("nan")] * 4, *ROW[2:]]],
+        [[1, None, *ROW[2:]]],
+        [[10**400, *ROW[1:]]],
+        [[*ROW[:4], "1.0", *ROW[5:]]],
+        [[*ROW[:4], float("inf"), *ROW[5:]]],
+        [[*ROW[:-1], "1.0"]],
+    ],
+)
+def test_rows_that_no_log_has_are_refused(rows: Any) -> None:
+    config = read_config("tiny")[1]
+    for facts in ({"rows": rows}, {"rows": [ROW, *rows]} if isinstance(rows, list) else {}):
+        with pytest.raises(InputError, match="^state: is damaged: its rows"):
+            read_rows(Path("state"), facts, config)
+    nan = float("nan")  # of a model without experts
+    assert len(read_rows(Path("state"), {"rows": [ROW, [*ROW[:4], nan, nan, 1.0]]}, config)) == 2

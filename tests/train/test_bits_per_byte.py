@@ -7,8 +7,7 @@ import minstep
 from minstep.model import decoder, head
 from minstep.text.tokenizer import byte_level_tokenizer
 from minstep.train.data import Document, encode_documents
-from minstep.train.evaluate import bits_per_byte
-from minstep.train.loss import surprise
+from minstep.train.loss import bits_per_byte, surprise
 
 TOKENIZER = byte_level_tokenizer()
 CONFIG = minstep.load_config(minstep.find_config("tiny"))

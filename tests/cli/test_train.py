@@ -5,14 +5,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from minstep.errors import InputError
-from minstep.store.config_file import read_config
-from minstep.train.run import read_rows
-from minstep.train.saved import STATE
+from minstep.train.run import STATE
 from minstep.train.trainer import Training
 from minstep.train.workers import WorkerEnded, Workers
 from tests.conftest import Refused, Run
@@ -136,34 +132,3 @@ def test_wrong_use_is_refused_before_the_work(text: Path, tmp_path: Path, refuse
     refused(*flags(file, tmp_path / "out"), naming=("UTF-8",))
     assert not (tmp_path / "out").exists() and not (tmp_path / "new").exists()
     assert [each.name for each in held.iterdir()] == ["notes.txt"]
-
-
-ROW = [1, [5.0] * 4, 1e-3, 0.5, 0.0, 2.25, None]
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [
-        None,
-        3,
-        [1],
-        [[]],
-        [[1, [1.0] * 4]],
-        [[*ROW, 1]],
-        [[1, [1.0], *ROW[2:]]],
-        [[1, ["a"] * 4, *ROW[2:]]],
-        [[1, [float("nan")] * 4, *ROW[2:]]],
-        [[1, None, *ROW[2:]]],
-        [[10**400, *ROW[1:]]],
-        [[*ROW[:4], "1.0", *ROW[5:]]],
-        [[*ROW[:4], float("inf"), *ROW[5:]]],
-        [[*ROW[:-1], "1.0"]],
-    ],
-)
-def test_rows_that_no_log_has_are_refused(rows: Any) -> None:
-    config = read_config("tiny")[1]
-    for facts in ({"rows": rows}, {"rows": [ROW, *rows]} if isinstance(rows, list) else {}):
-        with pytest.raises(InputError, match="^state: is damaged: its rows"):
-            read_rows(Path("state"), facts, config)
-    nan = float("nan")  # of a model without experts
-    assert len(read_rows(Path("state"), {"rows": [ROW, [*ROW[:4], nan, nan, 1.0]]}, config)) == 2
