@@ -22,8 +22,8 @@ from minstep.model import ModelWeights
 from minstep.store.checkpoint import Checkpoint
 from minstep.store.config_file import read_config
 from minstep.store.json_file import read_json
-from minstep.store.shards import numbered
-from minstep.store.stages import needs, some_weights, split, stages
+from minstep.store.shards import needs, numbered, some_weights
+from minstep.store.stages import split, stages
 from minstep.validation import check_prompt
 
 PROMPT = "The with statement"

@@ -37,15 +37,8 @@ from minstep.store.files import (
 from minstep.store.header import CODES, Data, Tensor, open_header, read_header, write_tensors
 from minstep.store.inspect import expected
 from minstep.store.json_file import MAX_JSON, strict_json
-from minstep.store.stages import (
-    EMBEDDING,
-    EMBEDDING_WEIGHT,
-    HEAD,
-    Stage,
-    needs,
-    some_weights,
-    stages,
-)
+from minstep.store.shards import needs, some_weights
+from minstep.store.stages import EMBEDDING, EMBEDDING_WEIGHT, HEAD, Stage, stages
 from minstep.tap import Array
 from minstep.validation import check_prompt, flaw
 from minstep.weights import random_weights

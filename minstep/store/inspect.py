@@ -11,8 +11,16 @@ from minstep.errors import shown
 from minstep.store.checkpoint import HUB_DTYPES, Checkpoint, open_checkpoint
 from minstep.store.config_file import load_config
 from minstep.store.header import BYTES
-from minstep.store.stages import layer_number
+from minstep.store.stages import layer_number, part_of
 from minstep.weights import SCALES, Shape, blocks, tensor_shapes
+
+MODULES = {  # the module that a part is, where it is one
+    "attention": "self_attn",
+    "shared experts": "share_expert",
+    "dense MLPs": "mlp",
+    "embedding": "embed_tokens",
+    "output matrix": "lm_head",
+}
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -115,12 +123,8 @@ def _part(name: str, config: Config) -> str:
         return "MTP layers"
     if name.endswith(SCALES):
         return "FP8 scales"
-    if ".moe." in name:
-        return "router" if name.endswith(("moe.gate.weight", "router_bias")) else "routed experts"
-    for piece in ("self_attn", "share_expert", "mlp", "embed_tokens", "lm_head"):
-        if piece in name:
-            return piece
-    return "norms"
+    part = part_of(name)
+    return MODULES.get(part, part)
 
 
 def _active(sizes: dict[str, int], config: Config) -> int:

@@ -4,27 +4,34 @@ Checked by: tests/store/test_shards.py
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from minstep.config import Config
 from minstep.errors import InputError, shown
+from minstep.linear import Weight
+from minstep.model import ModelWeights
 from minstep.store.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
 from minstep.store.config_file import load_config
 from minstep.store.inspect import checked, expected
 from minstep.store.stages import (
-    AS_LOGITS,
     EMBEDDING,
     EMBEDDING_WEIGHT,
     HEAD,
+    HEAD_WEIGHT,
     Stage,
     layer_number,
-    needs,
     spans,
     stages,
 )
+from minstep.weights import Shape, assemble
 
+AS_NEXT = "embeds the next tokens"
+AS_HEAD = "predicts the layer's token, which has no output matrix of its own"
+AS_LOGITS = "no layer needs it"
 AS_INPUT = "turns the prompt into the layer's input; a recorded input does without"
 
 
@@ -58,6 +65,34 @@ def numbered(ranges: Sequence[range], config: Config, flag: str) -> list[int]:
             shown = len(each) if flag == "--first" else each[-1]
             raise InputError(f"{flag} {shown}: expected layers of the model, which are 0 to {last}")
     return sorted({number for each in ranges for number in each})
+
+
+def needs(stage: Stage, config: Config, names: Collection[str]) -> dict[str, str]:
+    """The tensors that a stage reads, of those that the checkpoint names: each with what it is for.
+
+    Its own have "". Layers are stages whether or not a prompt is long enough to reach them.
+    """
+    needed = {name: "" for name in names if stage.has(name)}
+    if stage.name == HEAD and config.tie_word_embeddings:
+        needed[EMBEDDING_WEIGHT] = AS_LOGITS
+    if stage.name in {spec.name for spec in config.mtp_layers}:
+        needed[EMBEDDING_WEIGHT] = AS_NEXT
+        if f"{stage.last}.weight" not in needed:
+            tied = config.tie_word_embeddings
+            needed.setdefault(EMBEDDING_WEIGHT if tied else HEAD_WEIGHT, AS_HEAD)
+    return needed
+
+
+def some_weights(checkpoint: Checkpoint, names: Collection[str]) -> ModelWeights:
+    """The weights with these tensors in their places, and empty arrays in all others.
+
+    Raises InputError where one of them is missing or does not fit the config.
+    """
+
+    def get(name: str, shape: Shape) -> Weight:
+        return checkpoint.get(name, shape) if name in names else np.empty(0)
+
+    return assemble(checkpoint.config, get, checkpoint.has_own_heads())
 
 
 def layers_report(checkpoint: Checkpoint, numbers: Sequence[int]) -> dict[str, Any]:

@@ -77,7 +77,11 @@ def test_a_continued_trace_is_of_the_greedy_text_and_keeps_its_drafts(
     assert recording.tokens == said["prompt_tokens"] + said["tokens"]
     facts = read_facts(recording)
     assert facts.passes and facts.pieces
-    drafted = [[each.before, each.drafts, each.accepted] for each in facts.passes if each.drafts]
+    drafted = [
+        [each["before"], each["drafts"], each["accepted"]]
+        for each in facts.passes
+        if each["drafts"]
+    ]
     assert drafted == said["mtp_trace"]
     new = recording.tokens[len(said["prompt_tokens"]) :]
     assert "".join(facts.pieces[token] for token in new).startswith(said["text"][:40])
@@ -121,7 +125,7 @@ def test_a_continuation_that_ends_early_is_traced_as_far_as_it_goes(
     assert run("trace", *arguments, "--max-tokens", 1).code == 0
     tokens = json.loads(metadata_of(file)["tokens"])
     facts = read_facts(open_recording(file))
-    assert len(tokens) == 2 and facts.passes and [each.new for each in facts.passes] == [1]
+    assert len(tokens) == 2 and facts.passes and [each["new"] for each in facts.passes] == [1]
 
 
 def test_probabilities_of_every_layer_are_kept_until_they_would_be_too_many(
