@@ -28,7 +28,7 @@ from minstep.explore.expert_loads import (
     router_table,
     without_bias,
 )
-from minstep.store.files import atomic_file, check_output
+from minstep.store.output import atomic_file, check_output
 from minstep.store.stages import spans
 from minstep.text.tokenizer import text_of
 from minstep.train.data import encode_documents, read_corpus

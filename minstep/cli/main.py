@@ -33,7 +33,8 @@ from minstep.cli.walk import add_walk
 from minstep.errors import LONGEST_MESSAGE, InputError, shown
 from minstep.explore.view import add_view
 from minstep.learn.exercise import add_exercise
-from minstep.store.files import check_output, os_reason
+from minstep.store.files import os_reason
+from minstep.store.output import check_output
 
 GROUPS = {  # of commands, as the help lists them
     "run": "generate chat",

@@ -37,7 +37,7 @@ from minstep.parity.record import plan, record_file
 from minstep.parity.trace import record, save_trace
 from minstep.store.checkpoint import Checkpoint, open_checkpoint
 from minstep.store.config_file import load_config
-from minstep.store.files import atomic_file
+from minstep.store.output import atomic_file
 from minstep.store.shards import numbered
 from minstep.store.stages import split
 from minstep.text.continuation import Continuation

@@ -12,8 +12,8 @@ from minstep.cli.terminal import print_json, print_text
 from minstep.errors import InputError
 from minstep.store.checkpoint import open_checkpoint
 from minstep.store.config_file import find_config, load_config, read_config
-from minstep.store.files import check_space
 from minstep.store.inspect import inspect, table
+from minstep.store.output import check_space
 from minstep.store.random_checkpoint import Form, needed_space, save_random
 from minstep.store.shards import (
     layers_report,

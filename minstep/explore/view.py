@@ -26,7 +26,7 @@ from minstep.parity.facts import Facts, LayerFacts, layer_facts, read_facts
 from minstep.parity.names import axes, mtp_depths
 from minstep.store.checkpoint import open_checkpoint
 from minstep.store.config_file import find_config
-from minstep.store.files import atomic_file
+from minstep.store.output import atomic_file
 from minstep.store.stages import EMBEDDING, split
 from minstep.tap import Array
 from minstep.text.tokenizer import BACK, FRONT, piece

@@ -20,7 +20,7 @@ from minstep.errors import InputError, printable
 from minstep.learn.lessons import EXERCISES, PLANT
 from minstep.parity.known_bugs import ALL, EVERY
 from minstep.parity.variants import Find, copies, is_plantable, planted, source
-from minstep.store.files import atomic_folder
+from minstep.store.output import atomic_folder
 
 # What may lie in a reader's folder or imports such a file, in the order of their imports.
 CHAIN = (

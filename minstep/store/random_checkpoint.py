@@ -14,8 +14,9 @@ from minstep.errors import InputError
 from minstep.fast.bf16 import to_bf16
 from minstep.fast.fp8 import to_fp8
 from minstep.quantization import Quantization, parse_quantization
-from minstep.store.files import MADE_BY, atomic_folder, read_file
+from minstep.store.files import read_file
 from minstep.store.header import BYTES, laid_out
+from minstep.store.output import MADE_BY, atomic_folder
 from minstep.weights import SCALES, Shape, blocks, random_rows, tensor_shapes
 
 # As the released FP8 checkpoint has it, but for the list of what stays bfloat16.

@@ -8,7 +8,7 @@ import numpy as np
 
 from minstep.generate import Step
 from minstep.sampling import log_probabilities
-from minstep.store.files import peak_memory
+from minstep.store.output import peak_memory
 from minstep.text.tokenizer import StreamingText
 from minstep.validation import check_integer
 

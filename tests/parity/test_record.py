@@ -25,7 +25,7 @@ from minstep.parity import record as lab_record
 from minstep.parity import trace
 from minstep.parity.record import names_of, open_parts, plan, record_file
 from minstep.parity.trace import Recorder
-from minstep.store import files
+from minstep.store import output
 from minstep.store.stages import stages
 from tests.conftest import GOLDEN, Refused, Run
 from tests.support.recordings import save
@@ -747,7 +747,7 @@ def test_a_file_that_comes_into_the_parts_meanwhile_stays(
     assert run("record", *given).code == 2 and mine.read_text() == "mine"
 
 
-@pytest.mark.skipif(files.fcntl is None, reason="needs file locks")
+@pytest.mark.skipif(output.fcntl is None, reason="needs file locks")
 def test_two_runs_to_one_output_do_not_meet(
     tmp_path: Path, run: Run, refused: Refused, uninterrupted: bytes
 ) -> None:
