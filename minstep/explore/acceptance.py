@@ -14,7 +14,8 @@ from numpy.typing import DTypeLike
 from minstep.config import Config
 from minstep.errors import InputError
 from minstep.model import ModelWeights, decoder, head
-from minstep.parity.known_bugs import FOOTGUNS, IN_DRAFTER, Footgun
+from minstep.parity.decoding_bugs import IN_DRAFTER
+from minstep.parity.known_bugs import FOOTGUNS, Footgun
 from minstep.parity.variants import variant
 from minstep.text.continuation import Continuation, Pass
 from minstep.validation import check_finite

@@ -19,7 +19,8 @@ from minstep.linear import Weight
 from minstep.model import ModelWeights
 from minstep.parity.check_layer import leading
 from minstep.parity.compare import TOLERANCES, compare
-from minstep.parity.known_bugs import IN_DRAFTER, Footgun
+from minstep.parity.decoding_bugs import IN_DRAFTER
+from minstep.parity.known_bugs import Footgun
 from minstep.parity.trace import Recorder, Trace
 from minstep.parity.variants import Variant, variant
 from minstep.store.checkpoint import Checkpoint

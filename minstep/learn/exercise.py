@@ -18,7 +18,8 @@ from minstep.cli.arguments import at_least, path, seed
 from minstep.cli.terminal import print_text, wrote
 from minstep.errors import InputError, printable
 from minstep.learn.lessons import EXERCISES, PLANT
-from minstep.parity.known_bugs import ALL, EVERY
+from minstep.parity.decoding_bugs import EVERY
+from minstep.parity.known_bugs import ALL
 from minstep.parity.variants import Find, copies, is_plantable, planted, source
 from minstep.store.output import atomic_folder
 

@@ -18,7 +18,8 @@ from minstep.learn.exhibits import ANGLES, TIGHT, Exhibit
 from minstep.learn.exhibits_decoding import BESIDE
 from minstep.learn.exhibits_layer import LAYER
 from minstep.learn.offstage import RUNNERS
-from minstep.parity.known_bugs import EVERY, IN_DRAFTER, Footgun
+from minstep.parity.decoding_bugs import EVERY, IN_DRAFTER
+from minstep.parity.known_bugs import Footgun
 from minstep.parity.variants import planted, source
 from minstep.store.checkpoint import Checkpoint, open_checkpoint
 from minstep.store.config_file import find_config

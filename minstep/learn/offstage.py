@@ -12,7 +12,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from minstep.errors import InputError
-from minstep.parity.known_bugs import UNSEEN, Footgun
+from minstep.parity.decoding_bugs import UNSEEN
+from minstep.parity.known_bugs import Footgun
 from minstep.parity.variants import variant
 from minstep.store.checkpoint import INDEX
 from minstep.store.config_file import find_config, read_config

@@ -27,10 +27,10 @@ from minstep.parity.facts import metadata
 from minstep.parity.trace import Recorder, Trace, described, finite, walk
 from minstep.store.checkpoint import Checkpoint
 from minstep.store.files import open_file, os_reason, read_file
-from minstep.store.header import CODES, Data, Tensor, open_header, read_header, write_tensors
+from minstep.store.header import Tensor, open_header, read_header
 from minstep.store.inspect import expected
 from minstep.store.json_file import MAX_JSON, strict_json
-from minstep.store.output import TEMPORARY, atomic_file, locked
+from minstep.store.output import CODES, TEMPORARY, Data, atomic_file, locked, write_tensors
 from minstep.store.shards import needs, some_weights
 from minstep.store.stages import EMBEDDING, EMBEDDING_WEIGHT, HEAD, Stage, stages
 from minstep.tap import Array

@@ -1,5 +1,7 @@
-"""Output that is whole or absent: written aside and renamed at the end, and locks of folders."""
+"""Output that is whole or absent, as files, folders and safetensors files; locks of folders."""
 
+import json
+import math
 import os
 import secrets
 import shutil
@@ -8,9 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from minstep.errors import InputError
 from minstep.store.files import os_reason
+from minstep.store.header import BYTES
+from minstep.tap import Array
 
 fcntl: ModuleType | None
 try:
@@ -27,6 +34,7 @@ except ImportError:  # Windows
 MADE_BY = "minstep make-tiny"
 OWNED = ".lock"  # in a folder that one process writes into over time
 TEMPORARY = ".minstep."  # how a name begins that is renamed when all is written
+CODES = {"float32": "F32", "float64": "F64", "int64": "I64"}  # of the dtypes that arrays have
 OUR_FILES = ("config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json")
 
 
@@ -238,3 +246,50 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def laid_out(
+    tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """How a new file begins, and where in it each tensor lies, widest dtypes first.
+
+    `tensors`: dtype code and shape by name. Returns all bytes before the first tensor, and the
+    first byte of each tensor in the order of the file. So laid out, every tensor is aligned.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    reached = 0
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -BYTES[item[1][0]]):
+        end = reached + math.prod(shape) * BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [reached, end]}
+        reached = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    del header["__metadata__"]
+    data = 8 + len(text)
+    places = {name: data + entry["data_offsets"][0] for name, entry in header.items()}
+    return len(text).to_bytes(8, "little") + text, places
+
+
+class Data(NamedTuple):
+    """A tensor to be written: its dtype code, its shape, and its bytes piece by piece."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: Iterable[Any]
+
+    @classmethod
+    def of(cls, x: Array) -> "Data":
+        """An array of a dtype that activations have."""
+        return cls(CODES[x.dtype.name], x.shape, [np.ascontiguousarray(x).data])
+
+
+def write_tensors(file: Path, tensors: dict[str, Data], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, a piece at a time. Wider dtypes lie first: all are aligned.
+
+    The package's own writer wants a whole file in memory. Raises OSError.
+    """
+    start, places = laid_out({name: x[:2] for name, x in tensors.items()}, metadata)
+    with file.open("wb") as opened:
+        opened.write(start)
+        for name in places:
+            opened.writelines(tensors[name].pieces)

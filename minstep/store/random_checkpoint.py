@@ -15,8 +15,8 @@ from minstep.fast.bf16 import to_bf16
 from minstep.fast.fp8 import to_fp8
 from minstep.quantization import Quantization, parse_quantization
 from minstep.store.files import read_file
-from minstep.store.header import BYTES, laid_out
-from minstep.store.output import MADE_BY, atomic_folder
+from minstep.store.header import BYTES
+from minstep.store.output import MADE_BY, atomic_folder, laid_out
 from minstep.weights import SCALES, Shape, blocks, random_rows, tensor_shapes
 
 # As the released FP8 checkpoint has it, but for the list of what stays bfloat16.

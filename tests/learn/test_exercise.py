@@ -28,7 +28,8 @@ from minstep.learn.exercise import (
 from minstep.learn.lessons import EXERCISES, PLANT
 from minstep.learn.museum import EXHIBITS
 from minstep.learn.scenes import WHOLE, Scene, departure, difference, told_apart
-from minstep.parity.known_bugs import FOOTGUNS, UNSEEN, Footgun
+from minstep.parity.decoding_bugs import UNSEEN
+from minstep.parity.known_bugs import FOOTGUNS, Footgun
 from minstep.parity.variants import Find, copies, is_plantable, planted, source
 from tests.conftest import Refused, Run
 

@@ -15,7 +15,8 @@ from minstep.learn.damage import Patient
 from minstep.learn.exhibits import CLAMPS, DECODING, DRAFTS, FILES, Exhibit
 from minstep.learn.museum import EXHIBITS, changes, find_exhibit, measured, measured_all, ways
 from minstep.learn.offstage import RUNNERS
-from minstep.parity.known_bugs import FOOTGUNS, IN_DRAFTER, UNSEEN
+from minstep.parity.decoding_bugs import IN_DRAFTER, UNSEEN
+from minstep.parity.known_bugs import FOOTGUNS
 from minstep.parity.variants import planted, source
 from minstep.text.tokenizer import load_tokenizer
 from tests.conftest import Refused, Run
