@@ -240,7 +240,7 @@ def _explained(args: Namespace, report: Report) -> list[str]:
         checkpoint = open_checkpoint(args.model)
         n = layer_of(report, checkpoint.config)
         checks = _check(checkpoint, report.theirs, [n], _dtype(report), args.tolerance)
-    except InputError as error:  # the two still departed: that was said, and is the exit code
+    except InputError as error:  # the two still depart, which is printed, and is the exit code
         return [f"not explained: {error}"]
     ours, theirs = shown(str(args.ours)), shown(str(args.theirs))
     alone = f"layer {n}, run from the input that {theirs} has, computes what it has"

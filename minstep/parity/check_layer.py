@@ -224,7 +224,7 @@ class Checked(NamedTuple):
         return next((c for c in self.comparisons if not c.is_match), None)
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what is not finite is told by name
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused by name
 def check_layer(
     checkpoint: Checkpoint,
     n: int,

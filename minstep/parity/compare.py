@@ -360,7 +360,7 @@ def describe(row: Comparison) -> str:
 
 
 def row_json(row: Comparison) -> dict[str, Any]:
-    """One comparison as JSON holds it."""
+    """One comparison as a JSON object."""
     errors = {"max_error": row.max_error, "mean_error": row.mean_error}
     return {
         "name": row.name,

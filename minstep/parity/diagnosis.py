@@ -41,7 +41,7 @@ Progress = Callable[[str, int, int], None]  # what is done, how much of it, of h
 class Checks(NamedTuple):
     """What came of each layer that was held against a recording.
 
-    `explained`: what is said of a layer that departs. `skipped`: layers that were not checked, by
+    `explained`: the lines on a layer that departs. `skipped`: layers that were not checked, by
     the reason. `untried`: known bugs that could not be tried.
     """
 
@@ -66,18 +66,18 @@ def checkable(checkpoint: Checkpoint, theirs: Recording) -> tuple[list[int], dic
 
     Raises InputError where there is none.
     """
-    config, there = checkpoint.config, theirs.names
+    config, names = checkpoint.config, theirs.names
     L = len(config.layers)
     numbers: list[int] = []
     skipped: dict[str, list[int]] = {}
     by_layer: dict[int, set[str]] = {}
-    for name in there:
+    for name in names:
         layer, part = split(name)
         if layer is not None and axes(name) is not None:  # else nothing here computes it
             by_layer.setdefault(layer, set()).add(part)
     for n in range(L + len(config.mtp_layers)):
         parts = by_layer.get(n, {"input"})
-        has_input = any(name in there for name in input_names(n))
+        has_input = any(name in names for name in input_names(n))
         takes_tokens = n >= L or (n == 0 and not has_input)
         needs = [f"model.layers.{n}.", *([f"{EMBEDDING}."] if takes_tokens else [])]
         reasons = {
@@ -93,14 +93,12 @@ def checkable(checkpoint: Checkpoint, theirs: Recording) -> tuple[list[int], dic
         else:
             skipped.setdefault(reason, []).append(n)
     if not numbers:
-        said = "; ".join(
-            f"layers {','.join(spans(which))}: {why}" for why, which in skipped.items()
-        )
-        raise InputError(f"{theirs.path}: no layer can be checked: {said}")
+        whys = [f"layers {','.join(spans(which))}: {why}" for why, which in skipped.items()]
+        raise InputError(f"{theirs.path}: no layer can be checked: {'; '.join(whys)}")
     return numbers, skipped
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what is not finite is told by name
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused by name
 def check_layers(
     checkpoint: Checkpoint,
     theirs: Recording,
@@ -152,7 +150,7 @@ def check_layers(
 
 
 def checks_table(checks: Checks) -> str:
-    """A line for each tensor, then what is to be said of layers; the last line is the verdict."""
+    """A line for each tensor, then lines on layers; the last line is the verdict."""
     lines = [comparison_table(checks.rows)]
     for why, which in checks.skipped.items():
         lines.append(f"not checked: layers {','.join(spans(which))}, since {why}")
@@ -188,7 +186,7 @@ def _verdict(checks: Checks) -> str:
 
 
 def checks_json(checks: Checks) -> dict[str, Any]:
-    """The same as JSON holds it."""
+    """The same as a JSON object."""
     layers = [
         {
             "layer": checked.layer,
@@ -203,8 +201,9 @@ def checks_json(checks: Checks) -> dict[str, Any]:
         }
         for checked in checks.layers
     ]
-    said = {"match": checks.is_match, "layers": layers, "skipped": checks.skipped}
-    return said | {"not_tried": [*dict.fromkeys(footgun.bug for footgun in checks.untried)]}
+    not_tried = [*dict.fromkeys(footgun.bug for footgun in checks.untried)]
+    verdict = {"match": checks.is_match, "layers": layers, "skipped": checks.skipped}
+    return verdict | {"not_tried": not_tried}
 
 
 class Trial(NamedTuple):
@@ -267,13 +266,13 @@ def looks_like(checked: Checked, trials: Iterable[Trial]) -> list[str]:
 
 
 def not_tried(footguns: Sequence[Footgun]) -> list[str]:
-    """What is to be said of bugs that explain passed over: a line, or none where there are none."""
+    """A line on the bugs that explain passed over; none where there are none."""
     bugs = {footgun.bug for footgun in footguns}
     files = dict.fromkeys(footgun.file for footgun in footguns)
     whose = "bug, whose line" if len(bugs) == 1 else "bugs, whose lines"
     was = "was" if len(bugs) == 1 else "were"
-    said = f"not tried: {len(bugs)} known {whose} in {' and '.join(files)} {was} changed"
-    return [said] if bugs else []
+    line = f"not tried: {len(bugs)} known {whose} in {' and '.join(files)} {was} changed"
+    return [line] if bugs else []
 
 
 def reaches(footgun: Footgun, checkpoint: Checkpoint, n: int) -> bool:

@@ -53,7 +53,7 @@ class Report(NamedTuple):
         return first_departure(self.rows)
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what is not finite is told by name
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused by name
 def diff(
     ours: Recording,
     theirs: Recording,
@@ -65,13 +65,12 @@ def diff(
     """Compare all that two recordings of one prompt have in common; ours is the reference.
 
     Where a model has continued it differently in each, only the tokens before that are looked at.
-
     `tolerance`: for every tensor, in place of that of the less precise engine, which grows from
     layer to layer where the engine has 16 bits. `config`: of the model, for what the recordings do
-    not say. `globs`: our names to look at. `routers`: of the model, where experts
-    differ. A tensor of another size departs; one that cannot be what its name says is refused.
-    Raises InputError for recordings of other prompts or of another model, with nothing in common,
-    or ours with values not finite, and as check_forms does.
+    not say; `routers`: of the model, for where experts differ. `globs`: our names to look at. A
+    tensor of another size departs; one that cannot be what its name says is refused. Raises
+    InputError for recordings of other prompts or of another model, with nothing in common, or ours
+    with values not finite, and as check_forms does.
     """
     if config is not None:
         check_model(ours, config)
@@ -81,12 +80,12 @@ def diff(
     is_short = {ours.engine_dtype, theirs.engine_dtype} & {"bfloat16", "float16"}
     grows = tolerance is None and bool(is_short)
     tolerance = tolerance_of(ours, theirs) if tolerance is None else tolerance
-    held = ours.names, theirs.names
+    all_ours, all_theirs = ours.names, theirs.names
     names = _matching(align(ours, theirs, config), globs)
     if not names:
         kind = f" whose name matches {' or '.join(globs)}" if globs else ""
-        said = f"{ours.path} has {_such(held[0])}, {theirs.path} {_such(held[1])}"
-        raise InputError(f"no tensor in common{kind}: {said}")
+        both = f"{ours.path} has {_such(all_ours)}, {theirs.path} {_such(all_theirs)}"
+        raise InputError(f"no tensor in common{kind}: {both}")
     mtp = mtp_layers((*ours.forms, *theirs.forms), config)
 
     def judge(n: int, tolerance: float) -> Choice | None:
@@ -100,8 +99,8 @@ def diff(
         theirs,
         tolerance,
         rows,
-        _unused(ours, _matching(held[0], globs), used),
-        _unused(theirs, _matching(held[1], globs), used_by_them),
+        _unused(ours, _matching(all_ours, globs), used),
+        _unused(theirs, _matching(all_theirs, globs), used_by_them),
         shared,
     )
 
@@ -120,8 +119,8 @@ def routers_of(folder: Path) -> Routers:
         if spec is None or (spec.has_bias and bias not in checkpoint.tensors):
             return None
         none: Any = np.empty(0)
-        held = checkpoint.get(bias, (spec.experts,)) if spec.has_bias else None
-        return chooser(MoEWeights(none, held, none, none, none), spec)
+        router_bias = checkpoint.get(bias, (spec.experts,)) if spec.has_bias else None
+        return chooser(MoEWeights(none, router_bias, none, none, none), spec)
 
     return router
 
@@ -221,7 +220,7 @@ def _not_compared(report: Report) -> str:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report as JSON holds it; an error that is not a number, as of other shapes, is null."""
+    """The report as a JSON object; an error that is not a number, as of other shapes, is null."""
     first = report.departure
     return {
         "match": first is None,

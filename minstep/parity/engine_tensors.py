@@ -482,19 +482,14 @@ def align(one: Recording, other: Recording, config: Config | None = None) -> lis
     A tensor is, where one recording holds it and the other at least what it is made of: both learn
     how. Sizes and the routed scaling factor are the config's, else those of the other recording.
     """
-    held = one.shapes(), other.shapes()
-    factor = _factor(one, other, config)
-    _learn(one, held[1], factor, config_widths(config) if config else sibling_widths(*held))
-    _learn(other, held[0], factor, config_widths(config) if config else sibling_widths(*held[::-1]))
-    common = one.forms.keys() & other.forms.keys() & (held[0].keys() | held[1].keys())
+    shapes, factor = (one.shapes(), other.shapes()), _factor(one, other, config)
+    for r, (own, wanted) in ((one, shapes), (other, shapes[::-1])):
+        widths = config_widths(config) if config else sibling_widths(own, wanted)
+        forms = {name: derived(name, r.forms, factor, widths) for name in wanted}
+        r.forms |= {name: form for name, form in forms.items() if form}
+    common = one.forms.keys() & other.forms.keys() & (shapes[0].keys() | shapes[1].keys())
     mtp = mtp_layers((*one.forms, *other.forms), config)
     return sorted(common, key=lambda name: model_order(name, mtp))
-
-
-def _learn(r: Recording, wanted: Iterable[str], factor: float | None, widths: Widths) -> None:
-    """Add forms for those of the wanted tensors that can be made of what is there."""
-    forms = {name: derived(name, r.forms, factor, widths) for name in wanted}
-    r.forms |= {name: form for name, form in forms.items() if form}
 
 
 def _factor(one: Recording, other: Recording, config: Config | None) -> float | None:

@@ -189,8 +189,8 @@ def plan(
     if source is not None:
         first = numbers[0]
         state = _recorded(source, every, first, tokens, config, dtype)  # [T, D]
-    held = {*checkpoint.tensors, *checkpoint.absent}
-    tensors = expected(config, checkpoint.has_own_heads(), held)
+    indexed = {*checkpoint.tensors, *checkpoint.absent}
+    tensors = expected(config, checkpoint.has_own_heads(), indexed)
     run = {
         stage: list(needs(stage, config, tensors))
         for n, stage in enumerate(every)

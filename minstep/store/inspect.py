@@ -78,19 +78,19 @@ class Stored(NamedTuple):
 
 
 def expected(
-    config: Config, own_mtp_heads: bool = True, held: Collection[str] | None = None
+    config: Config, own_mtp_heads: bool = True, indexed: Collection[str] | None = None
 ) -> dict[str, Stored]:
     """Every tensor of a checkpoint with this config, FP8 scales too, in the model's order.
 
-    Where the config leaves the dtype open, it is what the released checkpoints have. `held`, if
-    given, are the tensors that an index names: a weight without scales among them is not FP8.
+    Where the config leaves the dtype open, it is what the released checkpoints have. `indexed`,
+    if given, are the tensors that an index names: a weight without scales among them is not FP8.
     """
     tensors: dict[str, Stored] = {}
     plain, quantization = HUB_DTYPES.get(config.torch_dtype or "", "BF16"), config.quantization
     for name, shape in tensor_shapes(config, own_mtp_heads).items():
         tensors[name] = Stored("F32" if name.endswith("router_bias") else plain, shape)
         scales = f"{name}{SCALES}"
-        if quantization and quantization.covers(name) and (held is None or scales in held):
+        if quantization and quantization.covers(name) and (indexed is None or scales in indexed):
             tensors[name] = Stored("F8_E4M3", shape)
             tensors[scales] = Stored("F32", blocks(shape, quantization[:2]))
     return tensors

@@ -150,8 +150,8 @@ def _layer_report(
     for file, nbytes in _bytes_by_file(own).items():
         count = sum(place.file == file for place in own.values())
         share = nbytes / whole[file] if whole[file] else 0.0
-        said = {"tensors": count, "bytes": nbytes, "share": round(share, 4)}
-        files.append(_file(file, own) | said)
+        amounts = {"tensors": count, "bytes": nbytes, "share": round(share, 4)}
+        files.append(_file(file, own) | amounts)
     return {
         "layer": number,
         "name": stage.name,
@@ -198,14 +198,14 @@ def layers_table(report: dict[str, Any]) -> str:
 
     def outside(entry: dict[str, Any]) -> str:
         what = f"{shown(entry['tensor'])}, {entry['bytes']:,} bytes: {entry['why']}"
-        return f"  outside, in {_said(entry)}: {what}"
+        return f"  outside, in {_named(entry)}: {what}"
 
     for layer in report["layers"]:
         lines.append(f"\n{layer['name']}: {layer['tensors']} tensors, {layer['bytes']:,} bytes")
         lines.append(f"  its input is the output of {layer['input']}")
         for entry in layer["files"]:
             share = f"{entry['bytes']:,} bytes of the layer, {entry['share']:.1%} of the file"
-            lines.append(f"  {_said(entry)}: {share}")
+            lines.append(f"  {_named(entry)}: {share}")
         lines += map(outside, layer["outside"])
     lines += ["", "for logits", *map(outside, report["logits"])]
     gone = report["download"]
@@ -222,31 +222,31 @@ def shards_table(report: dict[str, Any]) -> str:
     lines = [shown(report["path"])]
     for entry in report["files"]:
         layers = [f"layers {', '.join(spans(entry['layers']))}"] if entry["layers"] else []
-        held = ", ".join([*layers, *map(shown, entry["outside_layers"])])
-        lines.append(f"  {_said(entry)}: {entry['bytes']:,} bytes of tensors, {held}")
+        content = ", ".join([*layers, *map(shown, entry["outside_layers"])])
+        lines.append(f"  {_named(entry)}: {entry['bytes']:,} bytes of tensors, {content}")
     return "\n".join(lines + [f"damaged: {why}" for why in report["damaged"]])
 
 
-def _bytes_by_file(held: dict[str, Place]) -> dict[Path, int]:
+def _bytes_by_file(found: dict[str, Place]) -> dict[Path, int]:
     """The files that hold the tensors, and the bytes these take in each."""
     sizes: dict[Path, int] = {}
-    for place in held.values():
+    for place in found.values():
         sizes[place.file] = sizes.get(place.file, 0) + place.nbytes
     return sizes
 
 
-def _file(file: Path, held: dict[str, Place]) -> dict[str, Any]:
+def _file(file: Path, found: dict[str, Place]) -> dict[str, Any]:
     """A file's name, whether it is there and whole, its size and what it takes on the disk."""
-    is_there = any(place.is_there for place in held.values() if place.file == file)
-    said: dict[str, Any] = {"file": file.name, "there": is_there}
+    is_there = any(place.is_there for place in found.values() if place.file == file)
+    entry: dict[str, Any] = {"file": file.name, "there": is_there}
     if not os.path.isfile(file):
-        return said | {"file_bytes": None, "disk_bytes": None}
+        return entry | {"file_bytes": None, "disk_bytes": None}
     stat = file.stat()
     on_disk = getattr(stat, "st_blocks", -(-stat.st_size // 512)) * 512
-    return said | {"file_bytes": stat.st_size, "disk_bytes": on_disk}
+    return entry | {"file_bytes": stat.st_size, "disk_bytes": on_disk}
 
 
-def _said(entry: dict[str, Any]) -> str:
+def _named(entry: dict[str, Any]) -> str:
     """A file's name, and whether it is there."""
     name = shown(entry["file"])
     if not entry["there"]:
