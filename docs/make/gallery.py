@@ -28,7 +28,7 @@ from minstep.parity.known_bugs import FOOTGUNS
 from minstep.sampling import Sampling
 from minstep.store.checkpoint import open_checkpoint
 from minstep.store.config_file import find_config, load_config
-from minstep.store.files import atomic_file
+from minstep.store.output import atomic_file
 from minstep.text.tokenizer import encode, load_tokenizer, text_of
 
 SENTENCE = 'A list is a sequence: "for x in items:" visits each of them in turn.'

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from minstep.bench.timing import LIMIT, Found, Row
 from minstep.draw.charts import bar_chart, line_chart
-from minstep.store.files import write_text
+from minstep.store.output import write_text
 
 BUSY = 0.9  # share of idle processors below which times say little
 NAMES = {"float32": "torch float32", "bfloat16": "torch bfloat16", LIMIT: "reading alone"}

@@ -41,12 +41,12 @@ from minstep.explore.expert_loads import (
 from minstep.explore.logit_lens import open_lens
 from minstep.explore.view import page, page_data
 from minstep.explore.walk import last_stage, take_walk, walk_report, walk_text, walk_weights
+from minstep.parity.engine_tensors import open_recording
 from minstep.parity.facts import read_facts
-from minstep.parity.recording import open_recording
 from minstep.store.checkpoint import open_checkpoint
 from minstep.store.config_file import find_config, read_config
-from minstep.store.files import atomic_file, check_output
 from minstep.store.json_file import read_json
+from minstep.store.output import atomic_file, check_output
 from minstep.store.shards import numbered
 from minstep.store.stages import spans
 from minstep.text.tokenizer import text_of

@@ -29,7 +29,7 @@ from minstep.learn.museum import (
     report_text,
     ways,
 )
-from minstep.store.files import atomic_folder
+from minstep.store.output import atomic_folder
 
 
 def add_exercise(command: Callable[..., Any]) -> None:

@@ -15,7 +15,9 @@ from minstep.config import Config
 from minstep.draw.charts import bar_chart
 from minstep.errors import InputError
 from minstep.model import ModelWeights, decoder, head
-from minstep.parity.known_bugs import FOOTGUNS, IN_DRAFTER, Footgun, variant
+from minstep.parity.decoding_bugs import IN_DRAFTER
+from minstep.parity.known_bugs import FOOTGUNS, Footgun
+from minstep.parity.variants import variant
 from minstep.text.continuation import Continuation, Pass
 from minstep.validation import check_finite
 

@@ -18,12 +18,12 @@ from minstep.activations import sigmoid
 from minstep.attention import visible
 from minstep.errors import InputError
 from minstep.explore.logit_lens import LensModel, lens
-from minstep.parity.facts import Facts, LayerFacts, layer_facts, piece
+from minstep.parity.engine_tensors import Recording, check_forms
+from minstep.parity.facts import Facts, LayerFacts, layer_facts
 from minstep.parity.names import axes, mtp_depths
-from minstep.parity.recording import Recording, check_forms
 from minstep.store.stages import EMBEDDING, split
 from minstep.tap import Array
-from minstep.text.tokenizer import BACK, FRONT
+from minstep.text.tokenizer import BACK, FRONT, piece
 
 LEVELS = {"u1": 255, "<u2": 65535}  # what stands for 1 in a packed share
 SCRIPT = "base grid layers text attention experts states lens begin".split()  # in this order
@@ -68,7 +68,7 @@ def page_data(recording: Recording, facts: Facts, model: LensModel | None = None
     tokens, words = recording.tokens, dict(facts.pieces or {})
     seen = lens(recording, depths, model)
     ids = {n for each in seen.values() for n in each.ids.ravel().tolist()} | {*(tokens or ())}
-    ids |= {draft for each in facts.passes or () for draft in each.drafts}
+    ids |= {draft for each in facts.passes or () for draft in each["drafts"]}
     for n in ids - words.keys():
         words[n] = piece(model.tokenizer if model else None, n)
     shown = (words[token] for token in tokens or () if words[token] not in (*FRONT, *BACK))
@@ -79,7 +79,7 @@ def page_data(recording: Recording, facts: Facts, model: LensModel | None = None
         "tokens": tokens,
         "words": {n: words[n] for n in sorted(ids)},
         "dtype": recording.engine_dtype,
-        "passes": [each._asdict() for each in facts.passes] if facts.passes else None,
+        "passes": facts.passes or None,
         "embedding": _norms(recording, EMBEDDING),
         "layers": [_layer(recording, n, depths[n], by_number.get(n)) for n in sorted(depths)],
         "lens": {

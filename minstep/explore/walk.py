@@ -20,12 +20,13 @@ from tokenizers import Tokenizer
 from minstep.config import Config, LayerSpec
 from minstep.errors import printable
 from minstep.model import ModelWeights
-from minstep.parity.choice import before
+from minstep.parity.record import before
 from minstep.parity.trace import MOST_PROBS, finite, walk
 from minstep.sampling import Sampling, distribution
 from minstep.store.checkpoint import Checkpoint
 from minstep.store.json_file import json_text
-from minstep.store.stages import needs, some_weights, split, stages
+from minstep.store.shards import needs, some_weights
+from minstep.store.stages import split, stages
 from minstep.tap import Array, ScopedTap
 from minstep.text.tokenizer import text_of
 from minstep.validation import check_prompt

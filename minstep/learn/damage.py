@@ -22,10 +22,12 @@ from minstep.explore.acceptance import Way, draft, worth
 from minstep.learn.exhibits import END, TIGHT
 from minstep.linear import Weight
 from minstep.model import ModelWeights
+from minstep.parity.check_layer import leading
 from minstep.parity.compare import TOLERANCES, compare
-from minstep.parity.explain import leading
-from minstep.parity.known_bugs import IN_DRAFTER, UNSEEN, Footgun, Variant, variant
+from minstep.parity.decoding_bugs import IN_DRAFTER, UNSEEN
+from minstep.parity.known_bugs import Footgun
 from minstep.parity.trace import Recorder, Trace
+from minstep.parity.variants import Variant, variant
 from minstep.store.checkpoint import INDEX, Checkpoint
 from minstep.store.config_file import find_config, read_config
 from minstep.store.json_file import read_json

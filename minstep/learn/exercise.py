@@ -13,8 +13,9 @@ import numpy as np
 
 from minstep.errors import InputError
 from minstep.learn.lessons import EXERCISES, PLANT
-from minstep.parity.copies import Find, copies, source
-from minstep.parity.known_bugs import ALL, EVERY, is_plantable, planted
+from minstep.parity.decoding_bugs import EVERY
+from minstep.parity.known_bugs import ALL
+from minstep.parity.variants import Find, copies, is_plantable, planted, source
 
 # What may lie in a reader's folder or imports such a file, in the order of their imports.
 CHAIN = (

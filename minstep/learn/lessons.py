@@ -21,8 +21,8 @@ from minstep.learn.scenes import Rng, Scene, Shown, drawn, floats, refused, ship
 from minstep.mlp import MLPWeights
 from minstep.model import rotations
 from minstep.moe import Choice, MoEWeights
-from minstep.parity.copies import Find
 from minstep.parity.trace import Recorder, Trace
+from minstep.parity.variants import Find
 from minstep.rope import Rotation
 from minstep.sampling import GREEDY, Sampling
 from minstep.store.config_file import find_config, read_config

@@ -16,8 +16,9 @@ from tokenizers import Tokenizer
 from minstep.errors import InputError
 from minstep.learn.damage import RUNNERS, TIGHTER, Damage, Patient
 from minstep.learn.exhibits import EXHIBITS, TIGHT, Exhibit
-from minstep.parity.copies import source
-from minstep.parity.known_bugs import EVERY, IN_DRAFTER, Footgun, planted
+from minstep.parity.decoding_bugs import EVERY, IN_DRAFTER
+from minstep.parity.known_bugs import Footgun
+from minstep.parity.variants import planted, source
 from minstep.store.checkpoint import Checkpoint
 from minstep.train.data import encode_documents
 from minstep.train.documents import Document

@@ -15,8 +15,8 @@ from numpy.typing import DTypeLike
 from minstep.config import Config
 from minstep.errors import InputError
 from minstep.parity.compare import TOLERANCES, compare
-from minstep.parity.copies import Find, copies
 from minstep.parity.trace import Recorder, Trace
+from minstep.parity.variants import Find, copies
 from minstep.store.config_file import read_config
 from minstep.tap import Array
 from minstep.validation import flaw

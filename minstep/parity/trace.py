@@ -11,7 +11,7 @@ from minstep.config import Config
 from minstep.errors import InputError
 from minstep.model import ModelWeights, decoder, head, run_layers
 from minstep.mtp import mtp_forward
-from minstep.store.header import Data, write_tensors
+from minstep.store.output import Data, write_tensors
 from minstep.store.stages import HEAD
 from minstep.tap import Array, ScopedTap, Tap
 from minstep.validation import check_prompt, flaw

@@ -19,7 +19,7 @@ from minstep.errors import InputError
 from minstep.explore import walk as walk_file
 from minstep.explore.walk import Walk, deciding, point_of, sizes, take_walk
 from minstep.generate import steps
-from minstep.parity.choice import names_of
+from minstep.parity.record import names_of
 from minstep.parity.trace import record
 from minstep.store import layouts as native
 from minstep.store.checkpoint import open_checkpoint

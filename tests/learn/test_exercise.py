@@ -28,8 +28,9 @@ from minstep.learn.exercise import (
 from minstep.learn.exhibits import EXHIBITS
 from minstep.learn.lessons import EXERCISES, PLANT, WHOLE
 from minstep.learn.scenes import Scene, departure, difference, distinct
-from minstep.parity.copies import Find, copies, source
-from minstep.parity.known_bugs import FOOTGUNS, UNSEEN, Footgun, is_plantable, planted
+from minstep.parity.decoding_bugs import UNSEEN
+from minstep.parity.known_bugs import FOOTGUNS, Footgun
+from minstep.parity.variants import Find, copies, is_plantable, planted, source
 from tests.conftest import Refused, Run
 
 
@@ -316,12 +317,12 @@ def test_a_bug_whose_line_was_edited_is_not_planted(monkeypatch: pytest.MonkeyPa
     def edited(name: str) -> str:
         return real(name).replace("gate", "door") if name == "attention" else real(name)
 
-    monkeypatch.setattr("minstep.parity.known_bugs.source", edited)
+    monkeypatch.setattr("minstep.parity.variants.source", edited)
     for seed in range(200):
         (name,) = (files := bugged(seed))
         bugs = [bug for bug in BUGS if bug.module == name and is_plantable(bug)]
         assert files[name] in [planted(bug) for bug in bugs]
-    monkeypatch.setattr("minstep.parity.known_bugs.source", lambda name: "")
+    monkeypatch.setattr("minstep.parity.variants.source", lambda name: "")
     with pytest.raises(InputError, match="exercise 13: every line"):
         bugged(0)
 

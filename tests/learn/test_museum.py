@@ -13,8 +13,9 @@ from docs.make.museum_page import measured_all, museum_page
 from minstep.learn.damage import RUNNERS, Patient
 from minstep.learn.exhibits import CLAMPS, DECODING, DRAFTS, EXHIBITS, FILES, Exhibit
 from minstep.learn.museum import changes, find_exhibit, measured, report_text, ways
-from minstep.parity.copies import source
-from minstep.parity.known_bugs import FOOTGUNS, IN_DRAFTER, UNSEEN, planted
+from minstep.parity.decoding_bugs import IN_DRAFTER, UNSEEN
+from minstep.parity.known_bugs import FOOTGUNS
+from minstep.parity.variants import planted, source
 from minstep.text.tokenizer import load_tokenizer
 from tests.conftest import Refused, Run
 
@@ -265,7 +266,7 @@ def test_a_bug_whose_line_was_edited_is_refused_and_all_others_are_not(
             return text.replace("x, layer,", "x,  layer,")
         return text.replace("spec.window, tap)", "spec.window,  tap)")
 
-    monkeypatch.setattr("minstep.parity.known_bugs.source", edited)
+    monkeypatch.setattr("minstep.parity.variants.source", edited)
     for what in ("show", "run"):
         naming = ("minstep/attention.py: the line", "'window one too long'", "undo the edit")
         refused("footgun", what, "window-off-by-one", naming=naming)
