@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from minstep.sampling import Sampling
     from minstep.store.checkpoint import open_checkpoint
     from minstep.store.config_file import find_config, load_config
-    from minstep.weights import random_weights
+    from minstep.store.random_checkpoint import random_weights
 
 # The module of each name. It is imported when the name is first used: the command line must be
 # ready for Ctrl-C before it loads NumPy.
@@ -83,7 +83,7 @@ _MODULES = {
     "head": "model",
     "mtp_forward": "mtp",
     "Sampling": "sampling",
-    "random_weights": "weights",
+    "random_weights": "store.random_checkpoint",
 }
 __all__ = [
     "InputError",

@@ -1,25 +1,21 @@
-"""Which hub tensor is which argument: the one table of names and shapes, and random weights."""
+"""Which hub tensor is which argument: the one table of names and shapes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from minstep.attention import AttentionWeights
 from minstep.config import Config, LayerSpec
 from minstep.errors import InputError
-from minstep.fast.bf16 import BF16Array, to_bf16
 from minstep.linear import Weight
 from minstep.mlp import MLPWeights
 from minstep.model import BlockWeights, ModelWeights, MTPWeights
 from minstep.moe import MoEWeights
-from minstep.validation import check_generator
 
 Shape = tuple[int, ...]
 Get = Callable[[str, Shape], Weight]  # a tensor's hub name and the shape it must have
 SCALES = "_scale_inv"  # what follows an FP8 weight's name in that of its scales
-Drawn = Iterator[tuple[str, NDArray[np.float32]]]
 
 
 def assemble(config: Config, get: Get, own_mtp_heads: bool = True) -> ModelWeights:
@@ -149,34 +145,3 @@ def check_weights(weights: ModelWeights, config: Config) -> None:
 def blocks(shape: Shape, size: tuple[int, int]) -> Shape:
     """How many blocks of `size` a weight [..., O, I] has, the last ones cut: the scales' shape."""
     return (*shape[:-2], -(-shape[-2] // size[0]), -(-shape[-1] // size[1]))
-
-
-def random_rows(
-    name: str, shape: Shape, rows: int, rng: np.random.Generator
-) -> NDArray[np.float32]:
-    """Draw the next `rows` of a tensor [rows, ...], float32 rounded to bfloat16.
-
-    So files of any dtype hold the same. Projections have variance 1 / inputs, which keeps
-    activations near unit size; norms scatter around 0 and router biases are large enough to change
-    who is chosen. Router biases stay float32, as on the hub.
-    """
-    small = len(shape) == 1  # norms and router biases
-    scale = 0.1 if small else 1 if name == "model.embed_tokens.weight" else shape[-1] ** -0.5
-    drawn = rng.standard_normal((rows, *shape[1:]), np.float32) * np.float32(scale)
-    return drawn if name.endswith("router_bias") else np.asarray(BF16Array(to_bf16(drawn)))
-
-
-def random_tensors(config: Config, rng: np.random.Generator) -> Drawn:
-    """Draw every tensor, in order, as random_rows does."""
-    for name, shape in tensor_shapes(config).items():
-        yield name, random_rows(name, shape, shape[0], rng)
-
-
-def random_weights(config: Config, rng: np.random.Generator) -> ModelWeights:
-    """A model of random float32 weights in memory: the numbers save_random would write.
-
-    Raises InputError for an `rng` that is no NumPy generator.
-    """
-    check_generator(rng)
-    tensors = dict(random_tensors(config, rng))
-    return assemble(config, lambda name, _: tensors[name])

@@ -18,9 +18,10 @@ from minstep.parity.compare import TOLERANCES, compare
 from minstep.parity.trace import Recorder, Trace
 from minstep.parity.variants import Find, copies
 from minstep.store.config_file import read_config
+from minstep.store.random_checkpoint import random_rows
 from minstep.tap import Array
 from minstep.validation import flaw
-from minstep.weights import Get, Shape, random_rows
+from minstep.weights import Get, Shape
 
 Rng = np.random.Generator
 Shown = Iterator[tuple[str, Any]]  # what was computed, and the value

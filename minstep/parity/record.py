@@ -31,11 +31,11 @@ from minstep.store.header import Tensor, open_header, read_header
 from minstep.store.inspect import expected
 from minstep.store.json_file import MAX_JSON, strict_json
 from minstep.store.output import CODES, TEMPORARY, Data, atomic_file, locked, write_tensors
+from minstep.store.random_checkpoint import random_weights
 from minstep.store.shards import needs, some_weights
 from minstep.store.stages import EMBEDDING, EMBEDDING_WEIGHT, HEAD, Stage, stages
 from minstep.tap import Array
 from minstep.validation import check_prompt, flaw
-from minstep.weights import random_weights
 
 ASIDE = (".probs", ".input")  # recorded only where a glob names them
 EXPERTS = re.compile(r"\.moe\.(gate|up|down)_proj\.weight")

@@ -1,4 +1,4 @@
-"""Write a random checkpoint in hub layout, some rows at a time, in float32, bfloat16 or FP8."""
+"""Random weights, in memory or as a checkpoint in hub layout: float32, bfloat16 or FP8."""
 
 import json
 import math
@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 
 from minstep.config import Config, Quantization, parse_quantization
 from minstep.errors import InputError
-from minstep.fast.bf16 import to_bf16
+from minstep.fast.bf16 import BF16Array, to_bf16
 from minstep.fast.fp8 import to_fp8
+from minstep.model import ModelWeights
 from minstep.store.files import read_file
 from minstep.store.header import BYTES
 from minstep.store.output import MADE_BY, atomic_folder, laid_out
-from minstep.weights import SCALES, Shape, blocks, random_rows, tensor_shapes
+from minstep.validation import check_generator
+from minstep.weights import SCALES, Shape, assemble, blocks, tensor_shapes
 
 # As the released FP8 checkpoint has it, but for the list of what stays bfloat16.
 FP8: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
@@ -24,6 +26,39 @@ FP8 |= {"weight_block_size": [128, 128]}
 MOST_TOKENIZER = 1 << 28  # bytes
 AT_ONCE = 1 << 26  # elements drawn at a time: 256 MB of float32
 NEVER = np.float32(-2)  # a bias with which no sigmoid score is among the best
+
+
+def random_rows(
+    name: str, shape: Shape, rows: int, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """Draw the next `rows` of a tensor [rows, ...], float32 rounded to bfloat16.
+
+    So files of any dtype hold the same. Projections have variance 1 / inputs, which keeps
+    activations near unit size; norms scatter around 0 and router biases are large enough to change
+    who is chosen. Router biases stay float32, as on the hub.
+    """
+    small = len(shape) == 1  # norms and router biases
+    scale = 0.1 if small else 1 if name == "model.embed_tokens.weight" else shape[-1] ** -0.5
+    drawn = rng.standard_normal((rows, *shape[1:]), np.float32) * np.float32(scale)
+    return drawn if name.endswith("router_bias") else np.asarray(BF16Array(to_bf16(drawn)))
+
+
+def random_tensors(
+    config: Config, rng: np.random.Generator
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Draw every tensor, in order, as random_rows does."""
+    for name, shape in tensor_shapes(config).items():
+        yield name, random_rows(name, shape, shape[0], rng)
+
+
+def random_weights(config: Config, rng: np.random.Generator) -> ModelWeights:
+    """A model of random float32 weights in memory: the numbers save_random would write.
+
+    Raises InputError for an `rng` that is no NumPy generator.
+    """
+    check_generator(rng)
+    tensors = dict(random_tensors(config, rng))
+    return assemble(config, lambda name, _: tensors[name])
 
 
 class Form(NamedTuple):

@@ -12,7 +12,8 @@ from minstep import InputError, decoder, head, mtp_forward
 from minstep.config import Config, parse_config
 from minstep.store.config_file import read_config
 from minstep.store.layouts import hub_config
-from minstep.weights import random_weights, tensor_shapes
+from minstep.store.random_checkpoint import random_weights
+from minstep.weights import tensor_shapes
 from tests.store.test_layouts import TEXT
 
 VALUES: list[Any] = [

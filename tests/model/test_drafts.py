@@ -14,8 +14,9 @@ from minstep.config import Config, parse_config
 from minstep.generate import Step
 from minstep.model import BlockWeights, ModelWeights
 from minstep.sampling import GREEDY, Sampling, acceptance, distribution
+from minstep.store.random_checkpoint import random_tensors
 from minstep.tap import Array
-from minstep.weights import assemble, random_tensors
+from minstep.weights import assemble
 from tests.model.test_golden import GOLDEN, meta
 from tests.model.test_plain import drawn_config
 

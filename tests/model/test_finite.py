@@ -14,11 +14,12 @@ from minstep.explore.expert_loads import routed
 from minstep.model import ModelWeights, block, rotations
 from minstep.moe import MoEWeights, route
 from minstep.sampling import GREEDY, acceptance, distribution, draw, log_probabilities, verify
+from minstep.store.random_checkpoint import random_tensors
 from minstep.tap import Array
 from minstep.train.loss import objective
 from minstep.train.tape import Variable
 from minstep.validation import NotFinite, check_finite, is_finite
-from minstep.weights import assemble, random_tensors
+from minstep.weights import assemble
 from tests.conftest import GOLDEN, Refused
 
 CONFIG = minstep.load_config(minstep.find_config("drafts"))

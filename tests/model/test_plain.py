@@ -12,7 +12,8 @@ import pytest
 
 import minstep
 from minstep.config import FULL, SLIDING, parse_config
-from minstep.weights import assemble, random_tensors
+from minstep.store.random_checkpoint import random_tensors
+from minstep.weights import assemble
 from tests.support.plain import Plain
 
 

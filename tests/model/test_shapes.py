@@ -17,7 +17,8 @@ from minstep.fast.bf16 import BF16Array, to_bf16
 from minstep.linear import Weight
 from minstep.parity.trace import Recorder
 from minstep.sampling import Sampling
-from minstep.weights import assemble, random_tensors
+from minstep.store.random_checkpoint import random_tensors
+from minstep.weights import assemble
 from tests.support.lend import lent
 from tests.support.shapes import Shapes
 from tests.support.tiers import cases

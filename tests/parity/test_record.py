@@ -966,7 +966,9 @@ def test_memory_holds_one_layer_whatever_their_number(tmp_path: Path) -> None:
         made.mkdir()
         (made / "config.json").write_text(json.dumps(config))
         parsed = minstep.load_config(made)
-        drawn = dict(minstep.weights.random_tensors(parsed, np.random.default_rng(0)))
+        drawn = dict(
+            minstep.store.random_checkpoint.random_tensors(parsed, np.random.default_rng(0))
+        )
         save_file({n: np.array(x) for n, x in drawn.items()}, made / "model.safetensors")
         (made / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
         checkpoint = minstep.open_checkpoint(made)

@@ -16,7 +16,8 @@ import numpy as np
 
 from minstep.config import Config
 from minstep.model import ModelWeights
-from minstep.weights import assemble, random_tensors
+from minstep.store.random_checkpoint import random_tensors
+from minstep.weights import assemble
 
 PRODUCTS = {np.matmul, np.vecdot, np.matvec, np.vecmat} if hasattr(np, "matvec") else {np.matmul}
 REFUSED = {np.inner, np.tensordot, np.vdot, np.outer, np.kron}  # products that nobody uses yet

@@ -10,11 +10,11 @@ import minstep
 from minstep.errors import InputError
 from minstep.fast.bf16 import BF16Array, to_bf16
 from minstep.store.config_file import read_config
+from minstep.store.random_checkpoint import random_tensors
 from minstep.text.tokenizer import byte_level_tokenizer
 from minstep.train.run import STATE, Every, Run, load_state, read_rows, save_checkpoint, save_state
 from minstep.train.trainer import Plan
 from minstep.train.workers import workers
-from minstep.weights import random_tensors
 from tests.conftest import Refused
 
 

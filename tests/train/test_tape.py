@@ -23,9 +23,10 @@ from minstep.model import block, embed, rotations
 from minstep.mtp import mtp_depth, mtp_forward, mtp_head
 from minstep.norm import rms_norm
 from minstep.rope import Rotation, rotate
+from minstep.store.random_checkpoint import random_tensors
 from minstep.tap import Array, ScopedTap, silent
 from minstep.train.tape import Variable, backward
-from minstep.weights import assemble, random_tensors
+from minstep.weights import assemble
 from tests.train.test_gradients import floats, mapped, some, taped
 
 
