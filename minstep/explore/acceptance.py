@@ -100,7 +100,7 @@ def draft(
     dtype: DTypeLike = np.float32,
     progress: Progress = lambda done: None,
 ) -> Drafted:
-    """Continue each prompt greedily by at most `max_tokens`; `progress` is told of each prompt."""
+    """Continue each prompt greedily by at most `max_tokens`; `progress` gets how many are done."""
     steps, weights = variant(way.drafting).generate.steps, way.weights(weights)
     options = {"dtype": dtype, "num_draft_tokens": None if way.drafts else 0}
     drafted, rng = Drafted([], []), np.random.default_rng(0)  # greedy: its numbers change nothing
@@ -125,7 +125,7 @@ def agreements(
     """For each way by name, the Agreement of each depth; for MAIN that of the main model itself.
 
     Depth k at position i guesses token i + k + 1, as the main model does at i + k, and all tokens
-    before are true ones. `progress` is told of the tokens done.
+    before are true ones. `progress` gets the tokens done.
     Source: mtp.mtp_forward, which is what training sees (report section 2).
     """
     sums = {way.name: np.zeros((len(weights.mtp), 3), int) for way in ways if way.drafts}

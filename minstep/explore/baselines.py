@@ -37,7 +37,7 @@ def bits_report(
     """Sizes in bytes, and bits a byte of the corpus's held-out part: the model's and baselines'.
 
     Where a document's kind stands before a slash in its name, the model's figure is also given for
-    each kind. `progress` is told of the bytes that are done. Raises InputError for a text that the
+    each kind. `progress` gets the bytes done. Raises InputError for a text that the
     tokenizer cannot take.
     Checked by: tests/explore/test_baselines.py
     """

@@ -19,7 +19,7 @@ from minstep.tap import Array
 
 Counts = NDArray[np.integer[Any]]
 WITH, WITHOUT = "with the router bias", "without it"
-LEAST = 8  # times that an expert got a token, before that says anything
+LEAST = 8  # times that an expert got a token, before that is a pattern
 
 
 class Liking(NamedTuple):
@@ -40,7 +40,7 @@ def routed(
 ) -> dict[str, Choice]:
     """What each MoE layer of the main model chose for the N tokens of all windows, by its name.
 
-    `progress` is told of the tokens done. Raises InputError for a model without MoE layers.
+    `progress` gets the tokens done. Raises InputError for a model without MoE layers.
     """
     names = [spec.name for spec in config.layers if spec.moe]
     if not names:

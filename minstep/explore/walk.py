@@ -225,7 +225,7 @@ def take_walk(
     Without `layer` the main model, its head and all MTP depths run; with one, what it needs: the
     layers before it, and before an MTP depth the head. Depth k at position i is given token i + k:
     the prompt's own where it is long enough, then the one that the main model chose after it, then
-    the drafts of the depths before, as in greedy decoding. `progress` is told of stages that ran.
+    the drafts of the depths before, as in greedy decoding. `progress` gets the stages done.
     Attention probabilities are left out where [H, T, T] is too large to hold. Raises InputError for
     a bad prompt, and for a tensor that is not finite.
     Checked by: tests/explore/test_walk.py

@@ -94,7 +94,7 @@ class Departure(ScopedTap):
 
 
 def recorded(name: str) -> bool:
-    """Whether a tensor is compared: a router's margin says less than the choice behind it."""
+    """Whether a tensor is compared: a router's margin is not, its choice is."""
     return not name.endswith(".margin")
 
 
@@ -142,7 +142,7 @@ class Patient:
         return damage._replace(tensor=tensor, token=token, error=share, refused=refused)
 
     def _message(self, error: Exception) -> str:
-        """What an error says, without the folder that the model lies in."""
+        """An error's message, without the folder that the model lies in."""
         return str(error).replace(f"{self.checkpoint.path}{os.sep}", "")
 
     def _as_it_is(self, setting: str) -> tuple[Trace, Damage]:

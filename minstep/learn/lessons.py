@@ -660,8 +660,9 @@ def conversations_become_prompts(find: Find, rng: Rng, dtype: DTypeLike) -> Show
         [
             message("user", "a"),
             message("assistant", "x", reasoning_content="why", tool_calls=[call]),
-        ]
-        + [message("tool", "blue"), message("assistant", "y", reasoning_content="so")],
+            message("tool", "blue"),
+            message("assistant", "y", reasoning_content="so"),
+        ],
         [message("user", "a"), message("assistant", thought), message("user", disguised)],
         [message("assistant", "no question", reasoning_content="so")],
     )

@@ -147,7 +147,7 @@ def measured(
     tokenizer: Tokenizer,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """What the bugs of an exhibit do, as JSON can hold it; `progress` is told how many are done."""
+    """What the bugs of an exhibit do, as JSON can hold it; `progress` gets how many are done."""
     report: dict[str, Any] = {"name": exhibit.name, "title": exhibit.title}
     if runner := RUNNERS.get(exhibit.bugs[0]):
         return report | {"happened": runner(tuple(ways(bug)[0] for bug in exhibit.bugs))}

@@ -159,9 +159,9 @@ def test_a_mask_shows_what_attention_sees_and_keeps_all_that_a_rollback_needs(
     assert np.array_equal(states == SEEN, visible(0, 12, 0, 12, window))
     position, query = np.arange(12), np.arange(12)[:, None]
     sees = query + 1 if window is None else window + slack
-    held = (position <= query) & (position > query - sees)
-    assert np.array_equal(states >= HELD, held)
-    assert (states[~held] == GONE).all()
+    kept = (position <= query) & (position > query - sees)
+    assert np.array_equal(states >= HELD, kept)
+    assert (states[~kept] == GONE).all()
 
 
 def test_the_masks_figure_has_a_cell_for_each_pair_and_for_each_layer() -> None:
@@ -374,9 +374,9 @@ def test_states_are_as_large_as_those_of_a_trace() -> None:
     stream, normed = (curve(drawn("norm.svg"), n, (False, False), ends) for n in (0, 1))
     names = ["model.embed_tokens", *(spec.name for spec in model().config.layers)]
     for n, name in enumerate(names[:-1]):
-        for points, its in ((stream, name), (normed, f"{names[n + 1]}.input_layernorm")):
-            size = float(np.sqrt((trace[its] ** 2).mean()))
-            assert points[n] == pytest.approx([n, size], abs=top / 500), its
+        for points, tensor in ((stream, name), (normed, f"{names[n + 1]}.input_layernorm")):
+            size = float(np.sqrt((trace[tensor] ** 2).mean()))
+            assert points[n] == pytest.approx([n, size], abs=top / 500), tensor
 
 
 def test_a_bug_departs_where_it_is_and_rounding_stays_small() -> None:
@@ -416,8 +416,8 @@ def test_the_timeline_shows_every_draft_and_every_token_of_the_decoding() -> Non
     }
     assert rects == {"kept": kept, "lost": drafts - kept, "own": tokens - kept}
     spans = [m for m in figure(svg).iter(f"{SVG}tspan") if m.get("class") != "lost"]
-    said = [model().word(token) for step in passes for token in step.tokens]
-    assert [span.text for span in spans] == said
+    words = [model().word(token) for step in passes for token in step.tokens]
+    assert [span.text for span in spans] == words
     places = [
         float(m.get("x", 0))
         for kind in ("kept", "own")

@@ -159,8 +159,8 @@ def test_a_depth_may_agree_with_the_main_model_where_both_miss_the_text() -> Non
         guess = [(token + STEP * (k + 1)) % V for token in window]
         choice = [(token + STEP) % V for token in window]
         main = sum(guess[i] == choice[i + k] for i in range(T - k - 1))
-        told = sum(guess[i] == window[i + k + 1] for i in range(T - k - 1))
-        assert depth == Agreement(T - k - 1, main, told) and told < main < T - k - 1
+        same = sum(guess[i] == window[i + k + 1] for i in range(T - k - 1))
+        assert depth == Agreement(T - k - 1, main, same) and same < main < T - k - 1
 
 
 def test_progress_is_told_of_prompts_and_of_tokens() -> None:

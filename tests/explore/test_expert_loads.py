@@ -43,7 +43,7 @@ def with_bias(bias: Array) -> ModelWeights:
 
 
 def reported(weights: ModelWeights) -> dict:
-    on, off = (routed(WINDOWS, its, CONFIG) for its in (weights, without_bias(weights)))
+    on, off = (routed(WINDOWS, each, CONFIG) for each in (weights, without_bias(weights)))
     return router_report(TOKENS, on, off, weights, CONFIG, str)
 
 

@@ -72,9 +72,9 @@ def test_a_continued_trace_is_of_the_greedy_text_and_keeps_its_drafts(
     trace: Path, run: Run
 ) -> None:
     arguments = ("--prompt", PROMPT, "--max-tokens", 20, "--json")
-    said = json.loads(run("generate", *arguments).out)
+    generated = json.loads(run("generate", *arguments).out)
     recording = open_recording(trace)
-    assert recording.tokens == said["prompt_tokens"] + said["tokens"]
+    assert recording.tokens == generated["prompt_tokens"] + generated["tokens"]
     facts = read_facts(recording)
     assert facts.passes and facts.pieces
     drafted = [
@@ -82,9 +82,9 @@ def test_a_continued_trace_is_of_the_greedy_text_and_keeps_its_drafts(
         for each in facts.passes
         if each["drafts"]
     ]
-    assert drafted == said["mtp_trace"]
-    new = recording.tokens[len(said["prompt_tokens"]) :]
-    assert "".join(facts.pieces[token] for token in new).startswith(said["text"][:40])
+    assert drafted == generated["mtp_trace"]
+    new = recording.tokens[len(generated["prompt_tokens"]) :]
+    assert "".join(facts.pieces[token] for token in new).startswith(generated["text"][:40])
     assert facts.layers == layer_facts(load_config(TRAINED))
 
 
@@ -192,8 +192,8 @@ def test_the_lens_ends_in_the_logits_of_the_model_and_of_its_depths(trace: Path)
     names = ["model.embed_tokens", *(f"model.layers.{n}" for n in range(6))]
     outputs = [f"model.layers.{n}.transformer.shared_head.output" for n in (6, 7, 8)]
     assert list(data["lens"]) == names + outputs
-    said = {"model.layers.5": ("lm_head", 1), **{n: (n, 2 + k) for k, n in enumerate(outputs)}}
-    for name, (logits, ahead) in said.items():
+    sources = {"model.layers.5": ("lm_head", 1), **{n: (n, 2 + k) for k, n in enumerate(outputs)}}
+    for name, (logits, ahead) in sources.items():
         probs = softmax(tensors[logits])
         row = data["lens"][name]
         assert [ids[0] for ids in row["ids"]] == probs.argmax(axis=-1).tolist()
@@ -340,12 +340,12 @@ def test_the_same_trace_gives_the_same_bytes_whatever_it_is_called(
 
 
 def test_no_text_of_a_token_can_be_markup_or_a_blank_of_the_page() -> None:
-    said = ["</script><b>", "<!--", "{{data}}{{title}}", "\u2028\x00&\"'", "é"]
+    words = ["</script><b>", "<!--", "{{data}}{{title}}", "\u2028\x00&\"'", "é"]
     recording = Recording("theirs", {"model.layers.0": np.ones((5, 8))}, [0, 1, 2, 3, 4])
-    data = page_data(recording, Facts(pieces=dict(enumerate(said))))
+    data = page_data(recording, Facts(pieces=dict(enumerate(words))))
     text = page(data)
     assert text.count("</script>") == 2 and "<b>" not in text and text.count("<!--") == 0
-    assert list(data_in(text)["words"].values()) == said
+    assert list(data_in(text)["words"].values()) == words
     assert Parsed(text).open == []
     assert "<title>Trace of “&lt;/script&gt;&lt;b&gt;&lt;!--{{data}}{{title}}" in text
 
@@ -379,9 +379,9 @@ def test_the_lens_of_a_model_takes_logits_that_rounding_parts_from_its_own(
     if is_tied:
         raw = json.loads((single / "config.json").read_text())
         (single / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
-        held = load_file(single / "model.safetensors")
-        del held["lm_head.weight"]
-        save_file(held, single / "model.safetensors")
+        tensors = load_file(single / "model.safetensors")
+        del tensors["lm_head.weight"]
+        save_file(tensors, single / "model.safetensors")
     checkpoint, tokens = open_checkpoint(single), [5, 17, 9, 4]
     trace = record(tokens, checkpoint.weights(), checkpoint.config)
     logits = trace["lm_head"]

@@ -64,11 +64,11 @@ def test_every_step_holds_what_the_trace_has_at_its_index(name: str, position: i
     for step in walk.steps:
         number = split(step.name)[0]
         if step.name in trace:  # not every layer's probabilities
-            its = longer if number is not None and number >= first else trace
-            values = np.atleast_1d(eval(f"x{step.at}", {"x": its[step.name]})).tolist()
+            recorded = longer if number is not None and number >= first else trace
+            values = np.atleast_1d(eval(f"x{step.at}", {"x": recorded[step.name]})).tolist()
             assert np.allclose(step.values, values, rtol=0, atol=1e-12), step.name
-            assert step.dtype == its[step.name].dtype.name
-            if its is trace:
+            assert step.dtype == recorded[step.name].dtype.name
+            if recorded is trace:
                 assert step.shape == trace[step.name].shape
 
 
@@ -234,9 +234,9 @@ def test_the_keys_of_a_layers_steps_are_those_that_change_it(name: str) -> None:
     for n, spec in enumerate(specs):
         inside = [s for s in names if split(s)[0] == n and split(s)[1] != "input"]
         keys = [*outside, *(deciding(step, spec, raw) for step in inside)]
-        said = {key for each in keys for key in each}
-        assert said - FIXED == changing[n], n
-        assert said >= FIXED - {"moe_router_activation", "num_nextn_predict_layers"}
+        keys_shown = {key for each in keys for key in each}
+        assert keys_shown - FIXED == changing[n], n
+        assert keys_shown >= FIXED - {"moe_router_activation", "num_nextn_predict_layers"}
 
 
 # The command

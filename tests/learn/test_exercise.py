@@ -63,11 +63,11 @@ def first(scenes: tuple[Scene, ...], find: Find) -> str | None:
     for scene in scenes:
         try:
             with np.errstate(all="ignore"):
-                said = departure(scene, find)
+                found = departure(scene, find)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
-        if said:
-            return said
+        if found:
+            return found
     return None
 
 
@@ -206,8 +206,8 @@ def test_what_departs_is_said_with_its_place(expected: Any, got: Any, words: str
 
 def test_numbers_that_differ_are_shown_with_the_digits_that_tell_them_apart() -> None:
     x = np.full((2, 3), 1.7156998)
-    said = difference("v", x, x * (1 + 5.2e-8), 1e-9) or ""
-    assert "first at [0, 0]: 1.7156999, expected 1.7156998" in said
+    message = difference("v", x, x * (1 + 5.2e-8), 1e-9) or ""
+    assert "first at [0, 0]: 1.7156999, expected 1.7156998" in message
     assert (difference("v", 0.5, 0.5 + 1e-9, 1e-10) or "").startswith("v is 0.500000001, expected")
     assert "1, expected 2" in (difference("v", ONES * 2, ONES, 1e-3) or "")
     assert distinct(1.0, float(np.nextafter(1.0, 2))) == ("1", "1.0000000000000002")
@@ -215,8 +215,8 @@ def test_numbers_that_differ_are_shown_with_the_digits_that_tell_them_apart() ->
 
 @pytest.mark.parametrize(("by", "is_asked"), [(1e-8, True), (2e-6, True), (1e-4, False)])
 def test_float32_in_a_float64_run_is_suspected(by: float, is_asked: bool) -> None:
-    said = difference("v", ONES, ONES * (1 + by), 1e-9) or ""
-    assert ("is a weight used in the dtype it is stored in?" in said) == is_asked
+    message = difference("v", ONES, ONES * (1 + by), 1e-9) or ""
+    assert ("is a weight used in the dtype it is stored in?" in message) == is_asked
     single = difference("v", ONES.astype(np.float32), (ONES * (1 + by)).astype(np.float32), 0) or ""
     assert "stored in" not in single
 
@@ -347,15 +347,15 @@ def test_a_folder_is_red_at_first_and_green_with_the_source(
     ran = run("exercise", number, "--out", folder)
     assert ran.code == 0 and ran.err.startswith(f"wrote {folder} (")
     assert ran.out.endswith(f"now: pytest -m {mark(number)} {folder}\n")
-    held = [name for name in CHAIN if (folder / file_of(name)).exists()]
-    assert held and all(file_of(name) in ran.out for name in held)
-    code, said = pytest_in(folder, number)
-    assert code == 1 and ("departs by" if number == PLANT else "is not written yet") in said
-    assert f"{len(EXERCISES[number].scenes)} failed" in said or number == PLANT
-    for name in held:
+    files = [name for name in CHAIN if (folder / file_of(name)).exists()]
+    assert files and all(file_of(name) in ran.out for name in files)
+    code, output = pytest_in(folder, number)
+    assert code == 1 and ("departs by" if number == PLANT else "is not written yet") in output
+    assert f"{len(EXERCISES[number].scenes)} failed" in output or number == PLANT
+    for name in files:
         (folder / file_of(name)).write_text(source(name))
-    code, said = pytest_in(folder, number)
-    assert code == 0, said
+    code, output = pytest_in(folder, number)
+    assert code == 0, output
 
 
 @pytest.mark.parametrize("number", EXERCISES)
@@ -423,6 +423,6 @@ def test_a_checkpoint_is_not_replaced_by_an_exercise(
     tmp_path: Path, run: Run, refused: Refused
 ) -> None:
     assert run("make-tiny", "tiny", "--out", tmp_path / "tiny").code == 0
-    held = sorted((tmp_path / "tiny").iterdir())
+    files = sorted((tmp_path / "tiny").iterdir())
     refused("exercise", 4, "--out", tmp_path / "tiny", naming=("config.json", "new or empty"))
-    assert sorted((tmp_path / "tiny").iterdir()) == held
+    assert sorted((tmp_path / "tiny").iterdir()) == files

@@ -219,17 +219,17 @@ def test_run_tells_a_refusal_and_what_comes_when_it_is_overridden(run: Run) -> N
 
 def test_a_refusal_is_told_each_time() -> None:
     checkpoint = minstep.open_checkpoint(TRAINED)
-    its = Patient(checkpoint, [0, 5, 17], [[0, 5]], max_tokens=2)
+    tried = Patient(checkpoint, [0, 5, 17], [[0, 5]], max_tokens=2)
     (bug,) = find_exhibit("head-count").bugs
-    first, again = (its.spoiled(ways(bug)[0]) for _ in range(2))
+    first, again = (tried.spoiled(ways(bug)[0]) for _ in range(2))
     assert first.refused and first == again
 
 
 def test_where_nothing_is_drafted_no_drafts_are_counted() -> None:
     checkpoint = minstep.open_checkpoint(TRAINED)
-    its, tokenizer = Patient(checkpoint, [0, 5, 17], [[0, 5]], 1), load_tokenizer(TRAINED)
+    tried, tokenizer = Patient(checkpoint, [0, 5, 17], [[0, 5]], 1), load_tokenizer(TRAINED)
     assert tokenizer
-    report = measured(find_exhibit("window-forgotten"), its, tokenizer)
+    report = measured(find_exhibit("window-forgotten"), tried, tokenizer)
     assert report["as_it_is"]["accepted"] is None
     assert "drafts kept    none -> none a pass" in report_text(report)
 
