@@ -86,11 +86,11 @@ def head_lines(machine: dict[str, Any]) -> list[str]:
     """What stands above the rows: the machine, and what the columns are."""
     idle = machine["idle"]
     busy = "; OTHERS ARE AT WORK: these times say little" if is_busy(idle) else ""
-    said = "" if idle is None else f"; {idle:.0%} idle before{busy}"
+    load = "" if idle is None else f"; {idle:.0%} idle before{busy}"
     one, every = (rate / 1e9 for rate in machine["read_rates"])
     columns = f"{'case':36}{'ours':>11}  {'against':18}{'its':>11}{'times as fast':>15}  of rounds"
     return [
-        f"{machine['threads']} threads, NumPy {machine['numpy']}{said}",
+        f"{machine['threads']} threads, NumPy {machine['numpy']}{load}",
         f"memory is read at {one:.1f} GB/s by one thread, {every:.1f} GB/s by all of them",
         f"torch: {machine['peer'] or 'no peer: ' + machine['no_peer']}",
         "",

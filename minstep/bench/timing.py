@@ -53,15 +53,12 @@ class Found(NamedTuple):
     curves: list[Curve] = []  # noqa: RUF012
 
 
-def rounds(sides: Mapping[str, Block], count: int, pause: float | None = None) -> Rounds:
-    """The times of each side: `count` rounds, in each of which every side runs its block.
-
-    `pause`: seconds before each block (PAUSE).
-    """
+def rounds(sides: Mapping[str, Block], count: int) -> Rounds:
+    """The times of each side: `count` rounds, in each of which every side runs its block."""
     times: Rounds = {name: [] for name in sides}
     for _ in range(count):
         for name, block in sides.items():
-            time.sleep(PAUSE if pause is None else pause)
+            time.sleep(PAUSE)
             times[name].append(block())
     return times
 
@@ -95,9 +92,9 @@ def read_rate(arrays: Iterable[Array], in_threads: bool = True) -> float:
     return float(sum(x.nbytes for (x,) in parts) / fastest(read, 4, warm_up=1))
 
 
-def memory_rates(nbytes: int = 1 << 28) -> tuple[float, float]:
+def memory_rates() -> tuple[float, float]:
     """Bytes a second that one thread reads of memory, and that all threads together read."""
-    parts = np.array_split(np.ones(nbytes, np.uint8), 16)
+    parts = np.array_split(np.ones(1 << 28, np.uint8), 16)
     return read_rate(parts, in_threads=False), read_rate(parts)
 
 

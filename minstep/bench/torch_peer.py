@@ -34,7 +34,7 @@ class TorchPeer:
         self.torch: Any = import_module("torch")
         self.step: Any = import_module("transformers.models.step3p7.modeling_step3p7")
         self.open: Any = import_module("safetensors").safe_open
-        self.held: dict[str, Any] = {}
+        self.loaded: dict[str, Any] = {}
 
     def versions(self) -> Answer:
         """What runs here."""
@@ -44,7 +44,7 @@ class TorchPeer:
 
     def drop(self) -> Answer:
         """Let go of everything that was loaded."""
-        self.held.clear()
+        self.loaded.clear()
         return {}
 
     def text(self, name: str, folder: str, dtype: str) -> Answer:
@@ -61,7 +61,7 @@ class TorchPeer:
                 raise ValueError(f"{folder}: has no {key}")
             state[key] = self.torch.zeros(model.state_dict()[key].shape)
         model.load_state_dict(state)
-        self.held[name] = model, head
+        self.loaded[name] = model, head
         return {}
 
     def _config(self, folder: Path, changed: Answer | None = None) -> Any:
@@ -105,7 +105,7 @@ class TorchPeer:
         self, name: str, prompt: list[int], count: int
     ) -> tuple[float, float, list[int]]:
         """The seconds of all tokens after the first, those of the first, and the tokens."""
-        torch, (model, head) = self.torch, self.held[name]
+        torch, (model, head) = self.torch, self.loaded[name]
         cache_kind = import_module("transformers.cache_utils").DynamicCache
         with torch.inference_mode():
             cache = cache_kind(config=model.config)
@@ -124,7 +124,7 @@ class TorchPeer:
 
     def train(self, name: str, sequences: list[list[int]], calls: int) -> Answer:
         """Seconds of forward and backward over all sequences at once; the fastest call."""
-        torch, (model, head) = self.torch, self.held[name]
+        torch, (model, head) = self.torch, self.loaded[name]
         ids, times, loss = torch.tensor(sequences), list[float](), 0.0
         head = head.clone().requires_grad_()
         for _ in range(1 + calls):  # the first warms up
@@ -162,12 +162,12 @@ class TorchPeer:
                 of_experts = key.startswith(("gate.", "experts."))
                 state[key] = (tensor[:experts] if of_experts else tensor).float()
         block.load_state_dict(state, assign=True)
-        self.held[name] = block, getattr(torch, dtype), config.hidden_size
+        self.loaded[name] = block, getattr(torch, dtype), config.hidden_size
         return {}
 
     def run_layer(self, name: str, tokens: int, calls: int, warm_up: int) -> Answer:
         """Seconds of the fastest call over tokens drawn anew, and the last row of the first."""
-        torch, (block, dtype, size) = self.torch, self.held[name]
+        torch, (block, dtype, size) = self.torch, self.loaded[name]
         times, row = list[float](), list[float]()
         with torch.inference_mode():
             for n in range(warm_up + calls):
@@ -185,12 +185,12 @@ class TorchPeer:
         drawn = [rng.standard_normal((G, min(S, 4096), K), np.float32) for _ in range(2)]
         filled = [self.torch.from_numpy(np.tile(x, (1, -(-S // 4096), 1))) for x in drawn]
         q = rng.standard_normal(query, np.float32)
-        self.held["attention"] = self.torch.from_numpy(q), *filled
+        self.loaded["attention"] = self.torch.from_numpy(q), *filled
         return {}
 
     def attend(self, way: str, positions: int, calls: int) -> Answer:
         """Seconds of the fastest call over so many positions, and the first head's output."""
-        torch, (q, k, v) = self.torch, self.held["attention"]
+        torch, (q, k, v) = self.torch, self.loaded["attention"]
         k, v, (G, _, K) = k[:, :positions], v[:, :positions], k.shape
 
         def call() -> Any:

@@ -53,9 +53,9 @@ def training(setup: Setup, folder: Path | None = None, length: int = LENGTH) -> 
                 "loss": (float(results[0].losses[0]) / SEQUENCES, answer["loss"]),
                 "gradient of the embedding": (float(np.linalg.norm(gradient)), answer["slope"]),
             }
-            for what, (our, its) in pairs.items():
-                if not abs(our - its) <= TOLERANCE * abs(its):
-                    errors.append(f"training: {what} is {our:.6g}, torch has {its:.6g}")
+            for what, (our, other) in pairs.items():
+                if not abs(our - other) <= TOLERANCE * abs(other):
+                    errors.append(f"training: {what} is {our:.6g}, torch has {other:.6g}")
             return float(answer["seconds"])
 
         blocks[FLOATS[0]] = theirs

@@ -99,7 +99,7 @@ def run_bench(args: Namespace) -> None:
 def _run_cases(args: Namespace) -> None:
     """Time the cases, and write what was found."""
 
-    def tell(lines: list[str]) -> None:
+    def show(lines: list[str]) -> None:
         """Show lines at once, for a run takes minutes."""
         if lines and not args.json:
             print_text(*lines)
@@ -124,15 +124,15 @@ def _run_cases(args: Namespace) -> None:
             "no_peer": missing or None,
         }
         setup = Setup(folder, other, FEWER if args.quick else ROUNDS, args.quick, args.seed)
-        tell(head_lines(machine))
+        show(head_lines(machine))
         for done, name in enumerate(names):
             bar.label = name
             bar(done)
             found[name] = _case(CASES[name], setup)
             bar.erase()
-            tell(case_lines(judged(found[name])))
+            show(case_lines(judged(found[name])))
     report = bench_report(machine, found)
-    tell(end_lines(report))
+    show(end_lines(report))
     if args.out:
         table = bench_table(report) + "\n"
         texts = {"report.json": json.dumps(report, indent=1) + "\n", "report.txt": table}

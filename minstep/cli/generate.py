@@ -38,7 +38,8 @@ from minstep.store.checkpoint import Checkpoint, open_checkpoint
 from minstep.store.config_file import find_config
 from minstep.store.json_file import read_json
 from minstep.text.continuation import Continuation
-from minstep.text.prompt import SpecialTokens, parse, render
+from minstep.text.prompt import SpecialTokens, render
+from minstep.text.reply import parse
 from minstep.text.tokenizer import StreamingText, encode, load_tokenizer, text_of
 from minstep.text.tool_calls import objects
 from minstep.validation import check_prompt
@@ -51,7 +52,7 @@ CONTINUES = "minstep: this model has learned to continue a text, not to answer"
 def decoding_flags(
     add: argparse.ArgumentParser, temp: float, top_p: float, most: int | None, limit: str
 ) -> None:
-    """The flags of every command that generates; where mlx-lm has them, names are its."""
+    """The flags of every command that generates; named as in mlx-lm where it has them."""
     add_model(add)
     text = f"most tokens to generate ({limit})"
     add.add_argument("--max-tokens", type=at_least(0), default=most, metavar="N", help=text)

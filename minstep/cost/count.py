@@ -117,12 +117,12 @@ def visible_pairs(spec: LayerSpec, tokens: int, before: int) -> int:
 
 
 def computed_pairs(spec: LayerSpec, tokens: int, before: int) -> int:
-    """Pairs when each query is multiplied with every position that is held: the mask hides some.
+    """Pairs when each query is multiplied with every position in the cache: the mask hides some.
 
     A cache that keeps no more than it must holds min(before, W - 1) positions before an append.
     """
-    held = before if spec.window is None else min(before, spec.window - 1)
-    return tokens * (held + tokens)
+    cached = before if spec.window is None else min(before, spec.window - 1)
+    return tokens * (cached + tokens)
 
 
 def score_flops(spec: LayerSpec, pairs: int) -> int:

@@ -56,8 +56,8 @@ def conversation_report(count: int, new: int, output: int) -> dict[str, Any]:
     if output > MOST_OUTPUT:
         raise InputError(f"--tokens: {output:,} of an answer, expected at most {MOST_OUTPUT:,}")
     if total > LONGEST:
-        told = f"--turns {count}: {total:,} tokens in all"
-        raise InputError(f"{told}, expected at most the API's {LONGEST:,}")
+        found = f"--turns {count}: {total:,} tokens in all"
+        raise InputError(f"{found}, expected at most the API's {LONGEST:,}")
     requests = turns(count, new, output)
     cached = price(requests)
     return {

@@ -1,6 +1,6 @@
 """All that `minstep cost` says: one dictionary of numbers, and its sections as text.
 
-Checked by: tests/cost/test_command.py
+Checked by: tests/cost/test_report.py
 """
 
 from collections.abc import Iterator
@@ -236,7 +236,7 @@ def _parameters(report: dict[str, Any]) -> Iterator[str]:
         both = sums["main_layers"] + one
         yield f"{_billions(both)}  main layers alone, and one MTP layer of {one / 1e9:.3f}B"
         yield "   196.81B  announced: the line above with its layers rounded to 196B, and 0.81B"
-    yield f"{_billions(sums['active'])}  active, as the report sums: without embedding and output"
+    yield f"{_billions(sums['active'])}  active, as the report counts: without embedding and output"
     forms = ", ".join(f"{name} {si(size)}B" for name, size in sums["bytes"].items())
     yield f"In memory: {forms}"
 

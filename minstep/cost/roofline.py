@@ -1,6 +1,6 @@
 """How long a pass takes at best: reading or multiplying, whichever is longer; and the figure of it.
 
-Checked by: tests/cost/test_roofline.py, tests/cost/test_command.py
+Checked by: tests/cost/test_roofline.py, tests/cost/test_report.py
 """
 
 from collections.abc import Callable, Sequence

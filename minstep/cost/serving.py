@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minstep.config import Config
+from minstep.cost.architectures import NODE, OTHERS, Latent, Served, from_config
 from minstep.cost.hardware import HARDWARE, KEPT, LAYER, MULTIPLIES, READS, ROOM
-from minstep.cost.models import NODE, OTHERS, Latent, Served, from_config
 from minstep.cost.roofline import tokens_per_pass
 
 GPU = HARDWARE["h800"]
@@ -161,8 +161,8 @@ def published(config: Config) -> dict[str, float]:
 
 def count_within(config: Config, assumed: Assumed | None = None) -> int:
     """How many of the six predictions lie within WITHIN of the published figure."""
-    found, told = predicted(config, assumed), published(config)
-    return sum(abs(found[name] / told[name] - 1) <= WITHIN for name in told)
+    found, expected = predicted(config, assumed), published(config)
+    return sum(abs(found[name] / expected[name] - 1) <= WITHIN for name in expected)
 
 
 def sensitivity(config: Config) -> dict[str, dict[Any, int]]:

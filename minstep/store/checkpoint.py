@@ -72,8 +72,8 @@ class Checkpoint(NamedTuple):
             return BF16Array(stored)
         assert self.config.quantization
         rows, columns, _ = self.config.quantization
-        its_blocks = blocks(shape, (rows, columns))
-        scales = self._checked(f"{name}{SCALES}", its_blocks, {"F32", "BF16"})
+        counts = blocks(shape, (rows, columns))
+        scales = self._checked(f"{name}{SCALES}", counts, {"F32", "BF16"})
         single = self._stored(scales)
         if scales.dtype == "BF16":
             single = as_float(BF16Array(single), np.float32)

@@ -12,10 +12,10 @@ Checked by: tests/store/test_layouts.py, tests/parity/test_recipe.py
 
 from typing import Any
 
+from minstep.config import FULL, SLIDING
 from minstep.errors import InputError
 from minstep.keys import Keys
 
-KINDS = ("full_attention", "sliding_attention")
 MLPS = ("dense", "sparse")
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 SAME = (  # keys that both have
@@ -62,20 +62,20 @@ def hub_config(raw: dict[str, Any], source: str = "config.json") -> dict[str, An
     scaled_by = raw.get("query_pre_attn_scalar")
     keys.require("query_pre_attn_scalar", scaled_by in (None, head_dim), f"expected {head_dim}")
     main = keys.integer("num_hidden_layers")
-    kinds = _listed(keys, "layer_types", main, KINDS)
+    kinds = _listed(keys, "layer_types", main, (FULL, SLIDING))
     thetas, shares, rope_scaling, scaled_kinds = _rotations(keys, sorted(set(kinds)))
     heads = _heads(keys, kinds)
     mlps = _listed(keys, "mlp_layer_types", main, MLPS)
     moe_layers = ",".join(str(n) for n, mlp in enumerate(mlps) if mlp == "sparse")
-    sliding = {"attention_type": KINDS[1], "num_attention_heads": heads[KINDS[1]]}
-    said = {key: raw[key] for key in SAME if key in raw}
+    sliding = {"attention_type": SLIDING, "num_attention_heads": heads[SLIDING]}
+    hub = {key: raw[key] for key in SAME if key in raw}
     if raw.get("eos_token_id") is not None:
-        said["eos_token_id"] = raw["eos_token_id"]
-    return said | {
+        hub["eos_token_id"] = raw["eos_token_id"]
+    return hub | {
         "torch_dtype": raw.get("dtype", raw.get("torch_dtype")),
         "bos_token_id": raw.get("bos_token_id") or 0,  # may be null; no component reads it
         "num_nextn_predict_layers": 0,
-        "num_attention_heads": heads[KINDS[0]],
+        "num_attention_heads": heads[FULL],
         "num_attention_groups": groups,
         "attention_other_setting": sliding | {"num_attention_groups": groups},
         "layer_types": kinds,
@@ -156,14 +156,14 @@ def _heads(keys: Keys, kinds: list[str]) -> dict[str, int]:
     base = keys.integer("num_attention_heads")
     has_wide = keys.raw.get("num_sliding_attention_heads") is not None
     wide = keys.integer("num_sliding_attention_heads") if has_wide else base
-    heads = {KINDS[0]: base, KINDS[1]: wide}
+    heads = {FULL: base, SLIDING: wide}
     if keys.raw.get("per_layer_config") is None:  # as transformers fills it in
         return heads
     layers, numbers = keys.inner("per_layer_config"), [str(n) for n in range(len(kinds))]
     known = {*numbers}
     for n in layers.raw:
         layers.require(n, n in known, f"expected layer numbers from 0 to {numbers[-1]}")
-    found: dict[str, set[int]] = {kind: set() for kind in KINDS}
+    found: dict[str, set[int]] = {kind: set() for kind in (FULL, SLIDING)}
     for n, kind in zip(numbers, kinds, strict=True):
         own = base
         if layers.raw.get(n, {}) != {}:

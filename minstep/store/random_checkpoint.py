@@ -9,11 +9,10 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from minstep.config import Config
+from minstep.config import Config, Quantization, parse_quantization
 from minstep.errors import InputError
 from minstep.fast.bf16 import to_bf16
 from minstep.fast.fp8 import to_fp8
-from minstep.quantization import Quantization, parse_quantization
 from minstep.store.files import read_file
 from minstep.store.header import BYTES
 from minstep.store.output import MADE_BY, atomic_folder, laid_out
@@ -60,12 +59,12 @@ def save_random(
     The folder appears whole or not at all. Raises InputError when `out` cannot be written or there
     are more shards than tensors.
     """
-    said = {key: value for key, value in config_json.items() if key != "quantization_config"}
-    said["torch_dtype"] = "float32" if form.dtype == "float32" else "bfloat16"
+    kept = {key: value for key, value in config_json.items() if key != "quantization_config"}
+    kept["torch_dtype"] = "float32" if form.dtype == "float32" else "bfloat16"
     if form.dtype == "fp8":
         default = FP8 | {"modules_to_not_convert": _unconverted(config)}
-        said["quantization_config"] = config_json.get("quantization_config") or default
-    quantization = parse_quantization(said, "config.json")
+        kept["quantization_config"] = config_json.get("quantization_config") or default
+    quantization = parse_quantization(kept, "config.json")
     shapes, shards = tensor_shapes(config), form.shards
     if not 1 <= shards <= len(shapes):
         raise InputError(f"--shards {shards}: expected 1 to {len(shapes)}, the number of tensors")
@@ -77,14 +76,14 @@ def save_random(
         for n, (start, end) in enumerate(zip([0, *ends], ends, strict=False), start=1):
             tag = f"-{n:05}-of-{shards:05}" if shards > 1 else ""
             file = f"model{tag}.safetensors"
-            held = {name: shapes[name] for name in names[start:end]}
-            written = _write_shard(folder / file, held, form, quantization, rng)
+            of_shard = {name: shapes[name] for name in names[start:end]}
+            written = _write_shard(folder / file, of_shard, form, quantization, rng)
             total += sum(written.values())
             weight_map |= dict.fromkeys(written, file)
         if shards > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             _write_json(folder / "model.safetensors.index.json", index)
-        _write_json(folder / "config.json", said)
+        _write_json(folder / "config.json", kept)
         if tokenizer is not None:
             (folder / "tokenizer.json").write_bytes(read_file(tokenizer, MOST_TOKENIZER))
 

@@ -1,16 +1,23 @@
 """Steps of tokens to pieces of text, with the reason it ended and what it cost."""
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minstep.generate import Step
 from minstep.sampling import log_probabilities
-from minstep.store.output import peak_memory
 from minstep.text.tokenizer import StreamingText
 from minstep.validation import check_integer
+
+resource: ModuleType | None
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 class Pass(NamedTuple):
@@ -102,9 +109,17 @@ class Continuation:
             "forward_passes": len(passes),
             "tokens_per_forward": round(new / len(passes), 3) if passes else 0.0,
             "acceptance": [round(k / n, 3) for k, n in zip(kept, drafted, strict=True)],
-            "peak_memory_bytes": peak_memory(),
+            "peak_memory_bytes": _peak_memory(),
             "stop": self.stop,
         }
+
+
+def _peak_memory() -> int | None:
+    """The most bytes this process has had resident; None where the system does not say."""
+    if resource is None:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(most) * (1 if sys.platform == "darwin" else 1024)
 
 
 def _rate(count: int, seconds: float) -> float:

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer
 from minstep.errors import InputError
 from minstep.generate import Step
 from minstep.text.continuation import Continuation
-from minstep.text.prompt import ChatStream, Event, Prompt, SpecialTokens, render
-from minstep.text.reply import PlainStream, gathered
+from minstep.text.prompt import Prompt, SpecialTokens, render
+from minstep.text.reply import ChatStream, Event, PlainStream, gathered
 from minstep.text.tokenizer import StreamingText, encode
 from minstep.text.tool_calls import Piece, Tools
 

@@ -1,4 +1,4 @@
-"""Chat: messages and tools to Step's prompt text, and the model's text back to a message."""
+"""Chat: messages and tools to Step's prompt text."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,20 +7,17 @@ from operator import itemgetter
 from typing import Any, Literal, NamedTuple, get_args
 
 from minstep.errors import InputError
-from minstep.text.reply import END_THINK, THINK, ChatStream, Event, Message, parse
+from minstep.text.reply import END_THINK, THINK
 from minstep.text.tool_calls import (
     CALL,
     END_CALL,
     Piece,
-    ToolCall,
     Tools,
     json_line,
     objects,
     short,
     write_call,
 )
-
-__all__ = ["ChatStream", "Event", "Message", "Prompt", "ToolCall", "parse", "render"]
 
 SpecialTokens = Literal["released", "plain", "refuse"]
 

@@ -190,8 +190,8 @@ def _members(holder: Any, outer: str) -> Iterator[Entry]:
         elif inspect.isdatadescriptor(value):
             yield f"{outer}{name}", docstring
         elif inspect.isroutine(value):
-            told = getattr(value, "__text_signature__", None) or "(...)"  # many in C do not tell
-            yield f"def {outer}{name}{_signature(re.sub(BOUND, '', told))}", docstring
+            signature = getattr(value, "__text_signature__", None) or "(...)"  # many in C have none
+            yield f"def {outer}{name}{_signature(re.sub(BOUND, '', signature))}", docstring
 
 
 def _signature(text: str) -> str:

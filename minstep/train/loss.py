@@ -1,7 +1,7 @@
 """Cross-entropy: what training makes small, and what the bits a byte of a text measure."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -81,19 +81,18 @@ def bits_per_byte(
     config: Config,
     length: int,
     dtype: DTypeLike = np.float32,
-    progress: Callable[[int], object] = lambda done: None,
 ) -> float:
     """The mean cross-entropy of each byte of `documents`; a document has no other one as context.
 
     Each document is read in windows of `length` tokens, half of which overlap: but for the first
     window only the second half counts, so that every token but the first has half a window before
-    it. The end of a document has to be predicted too. `progress` is called with the number of
-    tokens done. The same figure for any tokenizer. Raises InputError as encode_documents does.
+    it. The end of a document has to be predicted too. The figure is comparable between tokenizers.
+    Raises InputError as encode_documents does.
     Source: strided perplexity, as in transformers' documentation; bits a byte as in the Pile,
         arXiv 2101.00027, section 3.1.
     Checked by: tests/train/test_bits_per_byte.py
     """
-    nats, done, step = 0.0, 0, max(1, length // 2)
+    nats, step = 0.0, max(1, length // 2)
     for document in documents:
         tokens = encode_documents([document], tokenizer)
         counted = 1  # bos is given
@@ -104,6 +103,4 @@ def bits_per_byte(
             first = counted - start  # the first token of the window that counts
             nats += float(surprise(logits[first - 1 :], window[first:]).sum(dtype=np.float64))
             counted = start + len(window)
-        done += len(tokens)
-        progress(done)
     return nats / math.log(2) / sum(document.nbytes for document in documents)

@@ -47,7 +47,7 @@ class Run:
     `raw`: the JSON of its config; `files`: its text, none for Python's documentation. Raises
     InputError for a folder that holds anything else, for text that cannot be trained on, and for a
     run to go on with that was begun with another plan, config or text.
-    Checked by: tests/cli/test_train.py
+    Checked by: tests/train/test_run.py, tests/cli/test_train.py
     """
 
     def __init__(

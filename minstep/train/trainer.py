@@ -98,7 +98,7 @@ class Training:
     def state(self) -> Tensors:
         """All that a run which goes on has to know, by name; arrays are not copied."""
         parts = {"": self.tensors, "optimizer.": self.optimizer.state(), "counts.": self.counts}
-        state = {f"{part}{name}": x for part, held in parts.items() for name, x in held.items()}
+        state = {f"{part}{name}": x for part, kept in parts.items() for name, x in kept.items()}
         return state | {"sums": self.sums, "done": np.array([self.done], np.int64)}
 
     def restore(self, state: Tensors) -> None:
@@ -125,8 +125,8 @@ class Training:
         self.counts = {name: state[f"counts.{name}"] for name in self.counts}
         self.sums, self.done = state["sums"], int(state["done"][0])
         own = "optimizer."
-        its = {name.removeprefix(own): x for name, x in state.items() if name.startswith(own)}
-        self.optimizer.restore(its)
+        moments = {n.removeprefix(own): x for n, x in state.items() if n.startswith(own)}
+        self.optimizer.restore(moments)
 
 
 def initial_tensors(config: Config, rng: np.random.Generator) -> Tensors:

@@ -89,13 +89,13 @@ def test_afterwards_weights_are_asked_for_ahead_again(monkeypatch: pytest.Monkey
 # Rounds, rows and the report
 
 
-def test_sides_take_turns_a_block_at_a_time() -> None:
+def test_sides_take_turns_a_block_at_a_time(small: None) -> None:
     order = list[str]()
 
     def side(name: str, took: float) -> timing.Block:
         return lambda: order.append(name) or took  # type: ignore[func-returns-value]
 
-    times = rounds({"a": side("a", 1.0), "b": side("b", 2.0)}, 3, pause=0)
+    times = rounds({"a": side("a", 1.0), "b": side("b", 2.0)}, 3)
     assert order == ["a", "b"] * 3 and times == {"a": [1.0] * 3, "b": [2.0] * 3}
 
 

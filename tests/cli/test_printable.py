@@ -278,7 +278,7 @@ def test_warnings_are_printed_escaped(run: Run, monkeypatch: pytest.MonkeyPatch)
 
         warnings.warn(HOSTILE, stacklevel=1)
 
-    monkeypatch.setattr("minstep.cli.footgun.exhibit_text", lambda _: warns() or "")
+    monkeypatch.setattr("minstep.cli.learn.exhibit_text", lambda _: warns() or "")
     ran = run("footgun", "show", "window-off-by-one")
     assert "\\x1b[2J" in ran.err
     check(ran.err.replace("\nFORGED", ""))
@@ -298,7 +298,7 @@ def test_a_page_holds_no_markup_from_a_recording(place: Path, run: Run, tmp_path
 def test_only_one_module_prints() -> None:
     allowed = {
         PACKAGE / "cli" / "terminal.py",
-        PACKAGE / "bench" / "peer.py",
+        PACKAGE / "bench" / "torch_peer.py",
     }  # the peer answers a pipe
     for path in sorted({*PACKAGE.rglob("*.py")} - allowed):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -135,7 +135,7 @@ def test_an_ignored_signal_stays_ignored(run: Run, monkeypatch: pytest.MonkeyPat
         before = signal.signal(number, signal.SIG_IGN)
         try:
             text = raising(number)
-            monkeypatch.setattr("minstep.cli.footgun.exhibit_text", text)
+            monkeypatch.setattr("minstep.cli.learn.exhibit_text", text)
             assert run("footgun", "show", "window-off-by-one") == (0, "\n", "")
             assert signal.getsignal(number) is signal.SIG_IGN
         finally:
@@ -167,7 +167,7 @@ def test_main_leaves_handlers_streams_and_warnings_as_they_were(
     def breaks(*_: object) -> None:
         raise raised or AssertionError
 
-    monkeypatch.setattr("minstep.cli.footgun.exhibit_text", breaks)
+    monkeypatch.setattr("minstep.cli.learn.exhibit_text", breaks)
     monkeypatch.setattr(warnings, "showwarning", own)
     if is_closed:
         monkeypatch.setattr(sys, "stderr", None)

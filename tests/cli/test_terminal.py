@@ -10,7 +10,8 @@ import pytest
 from minstep.cli import terminal
 from minstep.cli.terminal import DIM, PLAIN, Display, Progress, drafts_line, note, summary, wrote
 from minstep.text.continuation import Pass
-from minstep.text.prompt import ChatStream, Event, ToolCall
+from minstep.text.reply import ChatStream, Event
+from minstep.text.tool_calls import ToolCall
 
 
 class Terminal(io.StringIO):

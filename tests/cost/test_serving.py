@@ -5,9 +5,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from minstep.cost.architectures import (
+    NODE,
+    OTHERS,
+    Grouped,
+    Latent,
+    Served,
+    from_config,
+)
 from minstep.cost.count import cache_bytes, product_flops, score_flops, visible_pairs
 from minstep.cost.hardware import HARDWARE
-from minstep.cost.models import NODE, OTHERS, Grouped, Latent, Served, from_config
 from minstep.cost.serving import (
     GPU,
     RANGES,

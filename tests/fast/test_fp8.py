@@ -11,12 +11,11 @@ import pytest
 from numpy.typing import NDArray
 
 from minstep import InputError, find_config, open_checkpoint
-from minstep.config import parse_config
+from minstep.config import parse_config, parse_quantization
 from minstep.fast.bf16 import BF16Array, to_bf16
 from minstep.fast.fp8 import LARGEST, FP8Array, to_fp8
 from minstep.linear import as_float, linear
 from minstep.parity.trace import record
-from minstep.quantization import parse_quantization
 from minstep.store.json_file import read_json
 from minstep.store.output import Data, write_tensors
 from minstep.weights import assemble, blocks, tensor_shapes

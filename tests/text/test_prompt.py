@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from minstep.errors import InputError
-from minstep.text.prompt import BOS, ChatStream, Event, Message, ToolCall, parse, render
-from minstep.text.tool_calls import typed
+from minstep.text.prompt import BOS, render
+from minstep.text.reply import ChatStream, Event, Message, parse
+from minstep.text.tool_calls import ToolCall, typed
 
 USER = {"role": "user", "content": "Hi"}
 ASKED = f"{BOS}<|im_start|>user\nHi<|im_end|>\n"

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from minstep.errors import InputError
-from minstep.text.prompt import ChatStream, Event, Message, parse, render
+from minstep.text.prompt import render
+from minstep.text.reply import ChatStream, Event, Message, parse
 from minstep.text.tool_calls import CallText, Signatures, read_call, typed
 from tests.support.plain_reply import PlainChatStream
 from tests.support.plain_reply import typed as plainly_typed

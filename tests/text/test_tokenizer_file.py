@@ -15,9 +15,8 @@ from tokenizers import Tokenizer
 import minstep
 from minstep.cli.main import main
 from minstep.errors import InputError
-from minstep.text.patterns import check_pattern
 from minstep.text.tokenizer import StreamingText, encode, load_tokenizer, text_of
-from minstep.text.tokenizer_file import MOST_ADDED, contained
+from minstep.text.tokenizer_file import MOST_ADDED, check_pattern, contained
 
 Json = dict[str, Any]
 TEXT = "Héllo <A>, it's 日本語 🙂 e\u0301 ﷺ ㎞ \n\t  a b2024 \0<|im_end|>" + "aab" * 5

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: a checkpoint, a state, and the rows of its log."""
+"""A run: what it gives while it goes, and what it leaves on disk."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from minstep.errors import InputError
 from minstep.fast.bf16 import BF16Array, to_bf16
 from minstep.store.config_file import read_config
 from minstep.text.tokenizer import byte_level_tokenizer
-from minstep.train.run import STATE, load_state, read_rows, save_checkpoint, save_state
+from minstep.train.run import STATE, Every, Run, load_state, read_rows, save_checkpoint, save_state
+from minstep.train.trainer import Plan
+from minstep.train.workers import workers
 from minstep.weights import random_tensors
 from tests.conftest import Refused
 
@@ -62,6 +64,29 @@ def test_make_tiny_does_not_take_a_trained_checkpoint_for_its_own(
     tensors = dict(random_tensors(config, np.random.default_rng(1)))
     save_checkpoint(tmp_path, tensors, raw, byte_level_tokenizer())
     refused("make-tiny", "tiny", "--out", tmp_path, naming=("model.safetensors", "did not write"))
+
+
+def test_a_run_gives_its_lines_and_steps_to_whoever_asks_and_prints_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, folder = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("".join(f"Line {n} has the square {n * n}.\n\n" for n in range(800)))
+    folder.mkdir()
+    plan = Plan(steps=3, sequences=1, length=16)
+
+    def run(resumes: bool) -> Run:
+        return Run(folder, read_config("tiny")[0], plan, [text], Every(1, 9, 9), resumes)
+
+    lines, done = list[str](), list[int]()
+    with workers(1) as pool:
+        assert not run(False).go(pool, lambda: done == [1, 2], lines.append, done.append)
+        assert (folder / STATE).exists() and done == [1, 2] and len(lines) == 3
+        with pytest.raises(InputError, match="an unfinished run"):
+            run(False)
+        assert run(True).go(pool, lambda: False, lines.append, done.append)
+    assert done == [1, 2, 3] and not (folder / STATE).exists()
+    assert lines[3] == lines[0] and (folder / "log.txt").read_text().count("\n") == 6
+    assert "".join(capsys.readouterr()) == ""
 
 
 ROW = [1, [5.0] * 4, 1e-3, 0.5, 0.0, 2.25, None]
