@@ -31,20 +31,20 @@ class Rerun:
     """One run of a layer against a recording: the tensors it `wants` are kept in `tensors`.
 
     It goes on with the experts that they chose, where only rounding parts them from ours, so that
-    what follows compares for every token; `ties` counts those. `then` hears of each tensor kept,
-    and may end the run with an exception. `main` is the name of the main model's last state.
+    what follows compares for every token; `ties` counts those. `then` is called with the name of
+    each tensor kept, and may end the run with an exception.
     """
 
     def __init__(
         self,
+        checkpoint: Checkpoint,
         theirs: Recording,
-        wants: Callable[[str], bool],
         tolerance: float,
         then: Callable[[str], None] = lambda name: None,
-        main: str = "",
     ) -> None:
-        self.theirs, self.wants, self.tolerance = theirs, wants, tolerance
-        self.then, self.main = then, main
+        self.checkpoint, self.theirs = checkpoint, theirs
+        self.tolerance, self.then = tolerance, then
+        self.wants = wanted(checkpoint, theirs)
         self.tensors: dict[str, Array] = {}
         self.ties = 0
         self.gate: Array = np.zeros((0, 0))  # [T, E], the router's logits
@@ -54,7 +54,7 @@ class Rerun:
     def see(self, name: str, x: Array) -> Array:
         """Keep a tensor of any shape if it is wanted; returns what the layer goes on with."""
         if name == MAIN_STATE:  # only a variant asks for it
-            main = self._recorded(self.main)
+            main = self._recorded(f"model.layers.{len(self.checkpoint.config.layers) - 1}")
             return x if main is None else main.astype(x.dtype)
         if name.endswith(".moe.gate"):
             self.gate = x
@@ -147,14 +147,13 @@ def layer_input(checkpoint: Checkpoint, n: int, theirs: Recording, dtype: DTypeL
     return theirs.floats(name, dtype)[:rows]
 
 
-def run_layer(
-    chain: Variant, checkpoint: Checkpoint, n: int, state: Array, run: Rerun, get: Get | None = None
-) -> None:
+def run_layer(chain: Variant, n: int, state: Array, run: Rerun, get: Get | None = None) -> None:
     """Run layer n of a chain of modules from its input [T, D]; `run` sees what it computes.
 
     Layer 0 brings the embedding, the last main layer the final norm and the head, where they are
     wanted. `get` is where weights come from, if not the checkpoint. Raises InputError as it does.
     """
+    checkpoint = run.checkpoint
     get = get or checkpoint.get
     config = chain.config_file.load_config(checkpoint.path)
     L, D, V = len(config.layers), config.hidden_size, config.vocab_size
@@ -244,9 +243,9 @@ def check_layer(
     state = layer_input(checkpoint, n, theirs, dtype)
     if tolerance is None:
         tolerance = max(TOLERANCES[np.dtype(dtype).name], TOLERANCES[theirs.engine_dtype])
-    run = Rerun(theirs, wanted(checkpoint, theirs), tolerance)
-    run_layer(variant(), checkpoint, n, state, run)
-    names, ours = comparable(checkpoint, run, np.dtype(dtype).name)
+    run = Rerun(checkpoint, theirs, tolerance)
+    run_layer(variant(), n, state, run)
+    names, ours = comparable(run, np.dtype(dtype).name)
     if not names:
         at = f"model.layers.{n}"
         raise InputError(f"{theirs.path}: has no tensor of layer {n}, expected such as {at}")
@@ -258,10 +257,10 @@ def check_layer(
     return Checked(n, tolerance, found, len(state), run.ties, sorted(others - used))
 
 
-def comparable(checkpoint: Checkpoint, run: Rerun, dtype: str) -> tuple[list[str], Recording]:
+def comparable(run: Rerun, dtype: str) -> tuple[list[str], Recording]:
     """The names of what compares of a run, in the model's order; what it kept, as a recording."""
     ours = Recording("minstep", run.tensors, engine_dtype=dtype)
-    return align(ours, run.theirs, checkpoint.config), ours
+    return align(ours, run.theirs, run.checkpoint.config), ours
 
 
 def wanted(checkpoint: Checkpoint, theirs: Recording) -> Callable[[str], bool]:

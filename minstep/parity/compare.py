@@ -168,11 +168,6 @@ def departing(name: str, ours: Array, theirs: Array, tolerance: float) -> Array:
     return away if errors is None else away | (errors > ROWS * tolerance)
 
 
-def tolerance_of(*recordings: Recording) -> float:
-    """The tolerance for a comparison: that of the least precise engine."""
-    return max(TOLERANCES[recording.engine_dtype] for recording in recordings)
-
-
 class _Ties:
     """Which rows of the layer at hand, and of those before it, a tie between experts has touched.
 

@@ -22,7 +22,6 @@ from minstep.parity.check_layer import (
     layer_input,
     leading,
     run_layer,
-    wanted,
 )
 from minstep.parity.compare import Comparison, compare_all, comparison_table, describe, row_json
 from minstep.parity.engine_tensors import Recording, check_forms
@@ -308,12 +307,11 @@ def _try(
             if not seen[name].is_match:
                 raise Departed
 
-    main = f"model.layers.{len(checkpoint.config.layers) - 1}"
-    run = Rerun(theirs, wanted(checkpoint, theirs), checked.tolerance, judge, main)
+    run = Rerun(checkpoint, theirs, checked.tolerance, judge)
     try:
         with np.errstate(all="ignore"):
-            run_layer(variant(footgun), checkpoint, checked.layer, state, run, leading(checkpoint))
-        names, ours = comparable(checkpoint, run, state.dtype.name)
+            run_layer(variant(footgun), checked.layer, state, run, leading(checkpoint))
+        names, ours = comparable(run, state.dtype.name)
         unseen = [name for name in names if name in departs and name not in seen]
         for c in compare_all(ours, theirs, unseen, checked.tolerance, mtp, judge=run.judge):
             seen[c.name] = c

@@ -14,12 +14,12 @@ from minstep.config import Config
 from minstep.errors import InputError, shown
 from minstep.moe import MoEWeights
 from minstep.parity.compare import (
+    TOLERANCES,
     Comparison,
     compare_all,
     comparison_table,
     describe,
     row_json,
-    tolerance_of,
 )
 from minstep.parity.engine_tensors import Recording, align, check_forms, check_model
 from minstep.parity.facts import common_part
@@ -50,7 +50,7 @@ class Report(NamedTuple):
     @property
     def departure(self) -> Comparison | None:
         """The first tensor in the model's order that is not the same."""
-        return first_departure(self.rows)
+        return next((row for row in self.rows if not row.is_match), None)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused by name
@@ -77,9 +77,9 @@ def diff(
         check_model(theirs, config)
     check_forms((ours, theirs), config)
     ours, theirs, shared = common_part(ours, theirs, config)
-    is_short = {ours.engine_dtype, theirs.engine_dtype} & {"bfloat16", "float16"}
-    grows = tolerance is None and bool(is_short)
-    tolerance = tolerance_of(ours, theirs) if tolerance is None else tolerance
+    engines = {ours.engine_dtype, theirs.engine_dtype}
+    grows = tolerance is None and bool(engines & {"bfloat16", "float16"})
+    tolerance = max(TOLERANCES[dtype] for dtype in engines) if tolerance is None else tolerance
     all_ours, all_theirs = ours.names, theirs.names
     names = _matching(align(ours, theirs, config), globs)
     if not names:
@@ -148,11 +148,6 @@ def recorded_choice(
     differs, none = (other_ids != ids).any(axis=-1), np.zeros(T, bool)
     lacks = NO_ROUTER if choose is None else NO_LOGITS
     return Choice(ids, differs, none, lacks if chosen is None or differs.any() else "")
-
-
-def first_departure(rows: Iterable[Comparison]) -> Comparison | None:
-    """The first row that is not a match; rows are in the model's order."""
-    return next((row for row in rows if not row.is_match), None)
 
 
 def layer_of(report: Report, config: Config) -> int:

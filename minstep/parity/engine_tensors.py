@@ -61,7 +61,7 @@ class Term(NamedTuple):
 
 
 Form = tuple[Term, ...]  # one of our tensors is the sum of its terms
-Widths = Mapping[int, tuple[int, int]]  # layer -> columns of its queries, and of its keys
+Widths = Mapping[int, int]  # layer -> columns of its keys, and of its values
 
 
 class Recording:
@@ -434,7 +434,7 @@ def derived(
         return routed + shared if routed and shared else None
     proj = part.removeprefix("self_attn.").removesuffix(".weight")
     if proj in PROJECTIONS and layer in widths:
-        fused, (_, k) = forms.get(name.replace(proj, "qkv_proj")), widths[layer]
+        fused, k = forms.get(name.replace(proj, "qkv_proj")), widths[layer]
         n = PROJECTIONS.index(proj)
         start, stop = (0, -2 * k, -k)[n], (-2 * k, -k, None)[n]  # it may have other query heads
         return fused and (fused[0]._replace(start=start, stop=stop, axis=outputs(name)),)
@@ -449,7 +449,7 @@ def outputs(name: str) -> int:
 def config_widths(config: Config) -> Widths:
     """The widths of every layer by the config."""
     specs = enumerate((*config.layers, *config.mtp_layers))
-    return {n: (spec.heads * spec.head_dim, spec.groups * spec.head_dim) for n, spec in specs}
+    return {n: spec.groups * spec.head_dim for n, spec in specs}
 
 
 def sibling_widths(fused: Shapes, whole: Shapes) -> Widths:
@@ -457,22 +457,18 @@ def sibling_widths(fused: Shapes, whole: Shapes) -> Widths:
 
     Shapes are by our names.
     """
-    widths: dict[int, tuple[int, int]] = {}
+    widths: dict[int, int] = {}
     for name, shape in fused.items():
         layer, part = split(name)
         if layer is None or not part.startswith("self_attn.qkv_proj") or len(shape) < 2:
             continue
-        total = shape[outputs(name)]
-        sizes = {
-            proj: whole[sibling][outputs(name)]
-            for proj in PROJECTIONS
-            if len(whole.get(sibling := name.replace("qkv_proj", proj), ())) > 1
-        }
+        axis = outputs(name)
+        parts = {proj: whole.get(name.replace("qkv_proj", proj), ()) for proj in PROJECTIONS}
+        sizes = {proj: found[axis] for proj, found in parts.items() if len(found) > 1}
         if "q_proj" in sizes:
-            widths[layer] = sizes["q_proj"], (total - sizes["q_proj"]) // 2
+            widths[layer] = (shape[axis] - sizes["q_proj"]) // 2
         elif sizes:
-            k = min(sizes.values())
-            widths[layer] = total - 2 * k, k
+            widths[layer] = min(sizes.values())
     return widths
 
 

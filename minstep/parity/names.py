@@ -144,8 +144,8 @@ def model_order(name: str, mtp: Collection[int] = ()) -> tuple[int, int, int, st
     return (tops.get(stem, 5), 0, 0, part)
 
 
-def in_model_order(names: Iterable[str], config: Config | None = None) -> list[str]:
-    """Our names as the model computes them; a config says which layers are MTP layers."""
+def in_model_order(names: Iterable[str]) -> list[str]:
+    """Our names as the model computes them."""
     names = list(names)
-    mtp = mtp_layers(names, config)
+    mtp = mtp_layers(names)
     return sorted(names, key=lambda name: model_order(name, mtp))

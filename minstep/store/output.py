@@ -5,7 +5,6 @@ import math
 import os
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,11 +23,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-resource: ModuleType | None
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 # What make-tiny writes. A folder of nothing else, with this mark in its shards, may be replaced.
 MADE_BY = "minstep make-tiny"
@@ -231,14 +225,6 @@ def check_space(path: Path, needed: int) -> None:
         raise InputError(f"{path}: cannot be written: {os_reason(error)}") from error
     if needed > free:
         raise InputError(f"{path}: needs {needed} bytes, but only {free} are free there")
-
-
-def peak_memory() -> int | None:
-    """The most bytes this process has had resident; None where the system does not tell."""
-    if resource is None:
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(most) * (1 if sys.platform == "darwin" else 1024)
 
 
 def _umask() -> int:

@@ -426,8 +426,9 @@ def test_a_bug_that_is_not_tried_on_a_layer_changes_nothing_there(layer: int, ti
     left_out = [footgun for footgun in ALL if not reaches(footgun, checkpoint, layer)]
     assert left_out
     for footgun in left_out:
-        run = Rerun(theirs, lambda name: True, 2e-5)
-        run_layer(variant(footgun), checkpoint, layer, state, run)
+        run = Rerun(checkpoint, theirs, 2e-5)
+        run.wants = lambda name: True
+        run_layer(variant(footgun), layer, state, run)
         assert len(run.tensors) > 10
         assert all(np.array_equal(tiny[name], x) for name, x in run.tensors.items()), footgun.bug
 

@@ -12,8 +12,8 @@ import pytest
 import minstep
 from minstep.errors import InputError
 from minstep.fast.bf16 import BF16Array
-from minstep.parity.compare import TOLERANCES, compare_all, tolerance_of
-from minstep.parity.diff import diff, first_departure, routers_of, verdict
+from minstep.parity.compare import TOLERANCES, compare_all
+from minstep.parity.diff import diff, routers_of, verdict
 from minstep.parity.engine_tensors import Recording
 from minstep.parity.facts import metadata
 from minstep.parity.trace import Trace, record, save_trace
@@ -86,8 +86,8 @@ def test_a_changed_element_of_any_tensor_is_found_at_its_name_and_index(
     form: str, trace: Trace
 ) -> None:
     rng, ours = np.random.default_rng(0), Recording("ours", trace, TOKENS)
-    tolerance = tolerance_of(ours, Recording("theirs", written_as(form, trace)))
-    common = {c.name for c in diff(ours, Recording("theirs", written_as(form, trace))).rows}
+    report = diff(ours, Recording("theirs", written_as(form, trace)))
+    tolerance, common = report.tolerance, {c.name for c in report.rows}
     every = 1 if form in ("transformers", "vllm") else 4
     for name in list(trace)[FORMS.index(form) % every :: every]:
         x = trace[name]
@@ -133,9 +133,9 @@ def test_layers_are_in_the_order_of_their_numbers_whatever_the_files(tmp_path: P
     theirs = {name: changed[name] for name in rng.permutation(list(trace))}
     report = diff(Recording("ours", ours), Recording("theirs", theirs))
     assert [row.name for row in report.rows] == list(trace)
-    assert report.departure is report.rows[2] and first_departure(report.rows[3:]).name == (
-        "model.layers.10"
-    )
+    departing = [row for row in report.rows if not row.is_match]
+    assert report.departure is report.rows[2]
+    assert [row.name for row in departing] == ["model.layers.2", "model.layers.10"]
 
 
 def test_json_says_the_same_and_holds_only_what_json_has(
