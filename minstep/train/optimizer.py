@@ -94,8 +94,8 @@ class Settings(NamedTuple):
     clip: float = 1.0  # the largest norm of all gradients together; math.inf: any
 
 
-def kept(name: str, shape: Shape) -> tuple[str, ...]:
-    """What is kept for a tensor, by hub name: MUON, ADAMW, or nothing for a router bias.
+def moments_of(name: str, shape: Shape) -> tuple[str, ...]:
+    """The moments kept for a tensor, by hub name: MUON, ADAMW, or nothing for a router bias.
 
     The router's gate and stacked experts are matrices as any other.
     """
@@ -119,7 +119,7 @@ class Optimizer:
     def __init__(self, shapes: Mapping[str, Shape], settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
         self.steps = 0  # taken so far
-        self._kept = {name: kept(name, shape) for name, shape in shapes.items()}
+        self._kept = {name: moments_of(name, shape) for name, shape in shapes.items()}
         self._moments: dict[str, Array] = {
             f"{kind}.{name}": np.zeros(shapes[name], np.float32)
             for name, kinds in self._kept.items()
