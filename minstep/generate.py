@@ -16,9 +16,8 @@ from minstep.tap import Array
 from minstep.validation import (
     check_float,
     check_generator,
-    check_ids,
     check_integer,
-    integer_ids,
+    check_prompt,
     is_finite,
 )
 from minstep.weights import check_weights
@@ -34,22 +33,6 @@ class Step(NamedTuple):
     drafts: list[int]  # what the MTP layers had proposed for this pass
     accepted: int  # how many of them the main model kept
     stop: str | None  # why the text ends here: "eos", "length" or "context"
-
-
-def check_prompt(tokens: Sequence[int], config: Config) -> list[int]:
-    """The prompt as a list of ints, whatever row of integers it is.
-
-    Raises InputError for an empty prompt, one over the context, or an id out of range.
-    """
-    ids = integer_ids(tokens)  # [T]
-    if not ids.size:
-        raise InputError("the prompt is empty, expected at least one token")
-    if ids.size > config.max_positions:
-        raise InputError(
-            f"the prompt has {ids.size} tokens, expected at most max_position_embeddings' "
-            f"{config.max_positions}"
-        )
-    return check_ids(ids, config.vocab_size).tolist()
 
 
 def prefill(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from minstep.config import Config
 from minstep.errors import InputError
 from minstep.tap import Array
 
@@ -150,6 +151,22 @@ def check_ids(ids: NDArray[Any], count: int) -> NDArray[np.intp]:
         bad = f"token id {_short(ids.item(position))} at position {position}"
         raise InputError(f"{bad} is out of range, expected 0 to {count - 1}")
     return ids.astype(np.intp, copy=False)
+
+
+def check_prompt(tokens: Sequence[int], config: Config) -> list[int]:
+    """The prompt as a list of ints, whatever row of integers it is.
+
+    Raises InputError for an empty prompt, one over the context, or an id out of range.
+    """
+    ids = integer_ids(tokens)  # [T]
+    if not ids.size:
+        raise InputError("the prompt is empty, expected at least one token")
+    if ids.size > config.max_positions:
+        raise InputError(
+            f"the prompt has {ids.size} tokens, expected at most max_position_embeddings' "
+            f"{config.max_positions}"
+        )
+    return check_ids(ids, config.vocab_size).tolist()
 
 
 def _short(value: Any) -> str:

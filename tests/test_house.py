@@ -10,6 +10,8 @@ import pytest
 
 TOP = Path(__file__).parent.parent
 PACKAGE = TOP / "minstep"
+# An import may only reach a folder further left. The model's own files and fast/ are one place.
+ORDER = "model store draw text train parity cost explore learn bench cli".split()
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
 
@@ -20,6 +22,11 @@ def module(path: Path) -> str:
 MODULES = {module(path) for path in FILES}
 
 
+def folder(name: str) -> str:
+    first = name.split(".")[0] if "." in name else "model"
+    return "model" if first == "fast" else first
+
+
 def imports(path: Path) -> set[str]:
     """The modules of the package that a file imports, wherever in it the import stands."""
     found = set()
@@ -28,6 +35,14 @@ def imports(path: Path) -> set[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module or ""]
             found |= {name.removeprefix("minstep.") for name in names} & MODULES
     return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_imports_only_reach_folders_on_the_left(path: Path) -> None:
+    if path.name == "__main__.py":
+        return
+    for imported in imports(path):
+        assert ORDER.index(folder(imported)) <= ORDER.index(folder(module(path))), imported
 
 
 def test_no_imports_run_in_a_circle() -> None:

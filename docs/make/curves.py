@@ -4,13 +4,13 @@ Checked by: tests/docs/test_gallery.py
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-from minstep.cache import new_caches
 from minstep.config import FULL, SLIDING, Config, LayerSpec
+from minstep.cost.count import cache_bytes
 from minstep.draw.charts import Point, line_chart
 from minstep.fast.bf16 import BF16Array, to_bf16
 from minstep.fast.fp8 import FP8Array, to_fp8
@@ -63,46 +63,33 @@ def scaling_svg(config: Config) -> str:
     return line_chart(title, {"full": _over_pairs(slowed)}, "rotated pair", "times slower")
 
 
-def cache_bytes(specs: Iterable[LayerSpec], length: int, slack: int, dtype: DTypeLike) -> int:
-    """Bytes that the caches of these layers take for a text of `length` positions.
-
-    A window has room for what is in sight, `slack` to roll back and an append of slack + 1. What a
-    full layer reserves is freed again before the next one's, and never written.
-    """
-    total = 0
-    for spec in specs:
-        (cache,) = new_caches([spec], dtype, slack, slack + 1, length)
-        if cache.most is not None:
-            text = np.zeros((min(length, cache.most), spec.groups, spec.head_dim), dtype)
-            cache.append(text, text)  # [S, G, K]
-        total += cache.nbytes
-    return total
-
-
-def cache_svg(config: Config, dtype: DTypeLike = np.uint16) -> str:
+def cache_svg(config: Config) -> str:
     """Memory of the caches over the length of the text, beside the same layers all full.
 
-    `dtype`: of keys and values; uint16 has the size of bfloat16. For a model that has both kinds
-    of layers and MTP layers.
+    A window has room for what is in sight, and while MTP layers draft, for M positions to roll back
+    and M + 1 to append. For a model that has both kinds of layers and MTP layers.
     """
     L, M = len(config.layers), len(config.mtp_layers)
-    every = config.layers + config.mtp_layers
-    full = [spec for spec in config.layers if spec.window is None]
+    layers, mtp = (
+        [spec._replace(window=spec.window and spec.window + 2 * M) for spec in specs]
+        for specs in (config.layers, config.mtp_layers)
+    )
+    full = [spec for spec in layers if spec.window is None]
     parts: dict[str, Sequence[LayerSpec]] = {
-        f"all {L} + {M} as if full": [spec._replace(window=None) for spec in every],
-        f"all {L} + {M} as they are": every,
+        f"all {L} + {M} as if full": [spec._replace(window=None) for spec in layers + mtp],
+        f"all {L} + {M} as they are": layers + mtp,
         f"{len(full)} full": full,
-        f"{L - len(full)} sliding": [spec for spec in config.layers if spec.window],
-        f"{M} MTP": config.mtp_layers,
+        f"{L - len(full)} sliding": [spec for spec in layers if spec.window],
+        f"{M} MTP": mtp,
     }
     lengths = np.geomspace(SHORTEST, config.max_positions, 25).round().astype(int).tolist()
     series = {
-        name: [(float(n), cache_bytes(specs, n, M, dtype) / 1e6) for n in lengths]
+        name: [(float(n), cache_bytes(specs, n) / 1e6) for n in lengths]
         for name, specs in parts.items()
     }
     window = _first(config, SLIDING).window or 0
     return line_chart(
-        f"Memory of the caches, {np.dtype(dtype).itemsize} bytes a number",
+        "Memory of the caches, 2 bytes a number",
         series,
         "positions of the text",
         "megabytes",
@@ -148,8 +135,8 @@ def swiglu_svg(config: Config, gate: float | None = None, up: float | None = Non
     limits: dict[str, float | None] = {"no limit": None}
     for who, key in (("experts", "swiglu_limit"), ("shared", "swiglu_limit_shared")):
         for limit in sorted({getattr(spec, key) for spec in config.layers} - {None}):
-            its = [n for n, spec in enumerate(config.layers) if getattr(spec, key) == limit]
-            limits[f"limit {limit:g}: {who} of {', '.join(spans(its))}"] = limit
+            clamped = [n for n, spec in enumerate(config.layers) if getattr(spec, key) == limit]
+            limits[f"limit {limit:g}: {who} of {', '.join(spans(clamped))}"] = limit
     over = np.linspace(-REACH, REACH, 8 * REACH + 1)  # [T]
     inputs = [over if fixed is None else np.full_like(over, fixed) for fixed in (gate, up)]
     x = np.stack(inputs, axis=-1)  # [T, 2]

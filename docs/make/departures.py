@@ -13,8 +13,9 @@ from minstep.draw.charts import Point, line_chart
 from minstep.fast.bf16 import BF16Array, to_bf16
 from minstep.model import ModelWeights, decoder
 from minstep.parity.compare import TOLERANCES, compare
-from minstep.parity.known_bugs import Footgun, variant
+from minstep.parity.known_bugs import Footgun
 from minstep.parity.trace import Recorder, Trace
+from minstep.parity.variants import variant
 from minstep.store.stages import EMBEDDING
 from minstep.tap import Array
 

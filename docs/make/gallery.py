@@ -1,5 +1,9 @@
 """The figures of the book: each file's name, and the function that draws it with all filled in.
 
+    python -m docs.make.gallery
+
+writes them into docs/figures.
+
 Checked by: tests/docs/test_gallery.py
 """
 
@@ -11,11 +15,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from docs.make.curves import cache_svg, precision_svg, rope_svg, scaling_svg, swiglu_svg
+from docs.make.decoding import sampling_svg, timeline_svg
 from docs.make.departures import departure_svg, norm_svg
 from docs.make.masks import masks_svg
 from docs.make.model_figure import model_svg
-from docs.make.routes import router_cut_svg, router_map_svg, routing
-from docs.make.timeline import sampling_svg, timeline_svg
+from docs.make.pages import DOCS
+from docs.make.router import router_cut_svg, router_map_svg, routing
 from minstep.config import Config
 from minstep.cost.roofline import roofline_svg
 from minstep.model import ModelWeights, decoder, head
@@ -23,7 +28,7 @@ from minstep.parity.known_bugs import FOOTGUNS
 from minstep.sampling import Sampling
 from minstep.store.checkpoint import open_checkpoint
 from minstep.store.config_file import find_config, load_config
-from minstep.store.files import atomic_file
+from minstep.store.output import atomic_file
 from minstep.text.tokenizer import encode, load_tokenizer, text_of
 
 SENTENCE = 'A list is a sequence: "for x in items:" visits each of them in turn.'
@@ -110,8 +115,8 @@ def departure() -> str:
 
 def timeline() -> str:
     """The passes that continue PROMPT greedily."""
-    model, rng = trained(), np.random.default_rng(0)  # greedy: its numbers change nothing
-    return timeline_svg(model.encode(PROMPT), model.weights, model.config, rng, model.word)
+    model = trained()
+    return timeline_svg(model.encode(PROMPT), model.weights, model.config, model.word)
 
 
 def sampling() -> str:
@@ -151,3 +156,7 @@ def write_figures(folder: Path) -> list[Path]:
         with atomic_file(folder / name) as temporary:
             temporary.write_bytes(draw().encode())
     return [folder / name for name in FIGURES]
+
+
+if __name__ == "__main__":
+    write_figures(DOCS / "figures")

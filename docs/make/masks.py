@@ -12,8 +12,7 @@ from docs.make.model_figure import KIND
 from minstep.attention import visible
 from minstep.cache import new_caches
 from minstep.config import FULL, Config, LayerSpec
-from minstep.draw.page import page
-from minstep.draw.svg import Colours, rect, text
+from minstep.draw.svg import Colours, page, rect, text
 
 LEFT, TOP, CELL, GAP = 86, 124, 17, 110  # of the grids, in units of the canvas
 GONE, HELD, SEEN = range(3)  # what a position is to a query
@@ -32,16 +31,16 @@ def masks_svg(config: Config, count: int = 16, window: int = 5) -> str:
     The grids have a `window` that is small enough to draw. Raises ValueError for a model that has
     no layer of one of the two kinds.
     """
-    lines, said, slack = list[str](), list[str](), len(config.mtp_layers)
+    lines, described, slack = list[str](), list[str](), len(config.mtp_layers)
     for n, (kind, name) in enumerate(KIND.items()):
         spec = next((spec for spec in config.layers if spec.kind == kind), None)
         if spec is None:
             raise ValueError(f"the model has no {name} layer, expected one to draw")
-        its = spec._replace(window=window if spec.window else None)
-        states = mask(its, count, slack)  # [T, T]
+        drawn = spec._replace(window=window if spec.window else None)
+        states = mask(drawn, count, slack)  # [T, T]
         sees, holds = int((states[-1] == SEEN).sum()), int((states[-1] >= HELD).sum())
         words = f"the last query sees {sees}, the cache holds {holds}"
-        said.append(f"{name}: {words}")
+        described.append(f"{name}: {words}")
         x = LEFT + n * (count * CELL + GAP)
         before = "all before it" if spec.window is None else f"the {window - 1} before it"
         lines += [
@@ -55,7 +54,7 @@ def masks_svg(config: Config, count: int = 16, window: int = 5) -> str:
     right = LEFT + 2 * count * CELL + GAP
     return page(
         "What a query sees, and what its cache still holds",
-        "; ".join(said) + f"; {real}.",
+        "; ".join(described) + f"; {real}.",
         [
             text(24, 50, f"drawn with a window of {window}; {real}", "muted"),
             *lines,
@@ -101,8 +100,8 @@ def _grid(left: float, states: NDArray[np.int64], name: str) -> Iterator[str]:
 
 
 def _key(y: float, slack: int) -> Iterator[str]:
-    held = f"held to roll back up to {slack} drafts"
-    marks = (("full", "seen"), ("sliding", "seen"), ("held", held), ("gone", "dropped"))
+    spare = f"held to roll back up to {slack} drafts"
+    marks = (("full", "seen"), ("sliding", "seen"), ("held", spare), ("gone", "dropped"))
     x = float(LEFT)
     for kind, words in (*marks, ("ahead", "not there yet")):
         yield rect(x, y - 10, 12, 12, kind, 2)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from minstep.config import FULL, SLIDING, Config, LayerSpec
-from minstep.draw.svg import arrow, document, rect, text, up
+from minstep.draw.svg import document, rect, text
 
 WIDTH, HEIGHT = 960, 640
 # Where the map of layers, the MTP depths and the layer in detail lie, in units of the canvas.
@@ -62,10 +62,11 @@ def _stack(config: Config) -> Iterator[str]:
     if config.mtp_layers:
         bar, shared = MTP_X + MTP_WIDTH - MAP_X, ", shared with MTP"
         yield f'<path class="line" d="M{last:g} 154H{MTP_X + 7}"/>'
-    yield up(first, (604, 586), (562, MAP_BOTTOM)) + text(first, 618, "token t", "muted mid")
+    yield _up(first, (604, 586), (562, MAP_BOTTOM)) + text(first, 618, "token t", "muted mid")
     label = f"embed_tokens [{config.vocab_size:,}, {config.hidden_size:,}]{shared}"
     yield _box(MAP_X, 562, bar, 24, label)
-    yield up(last, (y, 142), (120, 108)) + text(MAP_X + MAP_WIDTH / 2, 76, "token t+1", "muted mid")
+    label = text(MAP_X + MAP_WIDTH / 2, 76, "token t+1", "muted mid")
+    yield _up(last, (y, 142), (120, 108)) + label
     yield _box(MAP_X, 120, MAP_WIDTH, 22, "norm")
     yield _box(MAP_X, 84, MAP_WIDTH, 24, "lm_head" + " (tied)" * config.tie_word_embeddings)
 
@@ -76,8 +77,8 @@ def _depths(config: Config) -> Iterator[str]:
     for k, spec in enumerate(config.mtp_layers, start=1):
         x, width = MTP_X + (k - 1) * pitch + 16, pitch - 16
         middle = x + width / 2
-        yield arrow(f"M{middle - pitch if k > 1 else x - 9:g} 154H{x - 9:g}V235H{x:g}")
-        yield up(middle, (266, 246), (224, 202), (170, 142), (120, 108))
+        yield _arrow(f"M{middle - pitch if k > 1 else x - 9:g} 154H{x - 9:g}V235H{x:g}")
+        yield _up(middle, (266, 246), (224, 202), (170, 142), (120, 108))
         yield text(middle, 279, f"E[t+{k}]", "muted mid") + _box(x, 224, width, 22, "eh_proj")
         yield _cell(x, 170, width, 32, spec) + _box(x, 120, width, 22, f"norm {k}")
         yield _box(x, 84, width, 24, f"head {k}") + text(middle, 76, f"t+{k + 1}", "muted mid")
@@ -119,21 +120,21 @@ def _attention(spec: LayerSpec, hidden: int) -> Iterator[str]:
     number, mlp = spec.name.rsplit(".", 1)[1], "MoE" if spec.moe else "dense MLP"
     yield text(RESIDUAL_X - 12, 32, f"Layer {number}: {KIND[spec.kind]} attention, {mlp}", "title")
     yield text(RESIDUAL_X - 12, 50, "T positions; projections have no bias", "muted")
-    yield up(RESIDUAL_X, (604, 70)) + text(RESIDUAL_X - 12, 618, f"x [T, {hidden:,}]", "muted")
+    yield _up(RESIDUAL_X, (604, 70)) + text(RESIDUAL_X - 12, 618, f"x [T, {hidden:,}]", "muted")
     for name, x, width, heads in (("q", 0, 112, H), ("k", 122, 86, G), ("v", 218, 86, G)):
         yield _box(DETAIL_X + x, 512, width, 38, f"{name}_proj\n[T, {heads}, {K}]")
         rotated = ((512, 494), (472, 461), (439, 428)) if name != "v" else ((512, 428),)
-        yield up(DETAIL_X + x + width / 2, (568, 550), *rotated)
+        yield _up(DETAIL_X + x + width / 2, (568, 550), *rotated)
     yield _box(DETAIL_X, 472, 208, 22, "RMSNorm of each head")
     yield _box(DETAIL_X, 439, 208, 22, f"RoPE on {spec.rope.rotary_dim} of {K} dimensions")
     sees = f"itself and the {spec.window - 1:,} before it" if spec.window else "all before it"
     label = f"{H} query heads share {G} key-value heads\na query sees {sees}"
     yield _box(DETAIL_X, 386, 304, 42, label, kind=f"{KIND[spec.kind]} dense")
-    yield up(DETAIL_X + 152, (386, 372 if spec.has_gate else 338))
+    yield _up(DETAIL_X + 152, (386, 372 if spec.has_gate else 338))
     if spec.has_gate:
         yield _box(DETAIL_X + 314, 512, 78, 38, f"g_proj\n[T, {H}]")
         yield _box(DETAIL_X, 350, DETAIL_WIDTH, 22, "each head times its gate, sigmoid(g)")
-        yield up(DETAIL_X + 353, (568, 550), (512, 372)) + up(DETAIL_X + 152, (350, 338))
+        yield _up(DETAIL_X + 353, (568, 550), (512, 372)) + _up(DETAIL_X + 152, (350, 338))
     yield _box(DETAIL_X, 316, DETAIL_WIDTH, 22, f"o_proj: {H * K:,} to {hidden:,}") + _half(
         568, 327
     )
@@ -150,9 +151,9 @@ def _feed_forward(spec: LayerSpec) -> Iterator[str]:
         yield rect(DETAIL_X, 120, 260, 92, "box") + _experts(moe.experts, moe.top_k)
         yield text(routed, 203, f"{moe.experts} experts of width {moe.width:,}", "mid")
         yield _box(shared - 60, 120, 120, 92, f"shared expert\nwidth {moe.shared_width:,}")
-        yield up(routed, (274, 256), (230, 212), (120, 102)) + up(shared, (274, 212), (120, 102))
+        yield _up(routed, (274, 256), (230, 212), (120, 102)) + _up(shared, (274, 212), (120, 102))
     yield _box(DETAIL_X, 80, DETAIL_WIDTH, 22, output) + _half(274, 91)
-    yield "" if moe else up(routed, (274, 102))
+    yield "" if moe else _up(routed, (274, 102))
 
 
 def _experts(count: int, chosen: int) -> str:
@@ -183,9 +184,9 @@ def _is_clamped(spec: LayerSpec) -> bool:
 def _half(norm_y: float, sum_y: float) -> str:
     x = RESIDUAL_X
     norm = _box(DETAIL_X, norm_y, DETAIL_WIDTH, 22, "RMSNorm, times 1 + w")
-    norm += arrow(f"M{x} {norm_y + 11:g}H{DETAIL_X}")
+    norm += _arrow(f"M{x} {norm_y + 11:g}H{DETAIL_X}")
     plus = rect(x - 8, sum_y - 8, 16, 16, "box", 8) + text(x, sum_y + 4, "+", "mid")
-    return norm + arrow(f"M{DETAIL_X} {sum_y:g}H{x + 8}") + plus
+    return norm + _arrow(f"M{DETAIL_X} {sum_y:g}H{x + 8}") + plus
 
 
 def _box(x: float, y: float, w: float, h: float, label: str, *, kind: str = "box") -> str:
@@ -193,3 +194,13 @@ def _box(x: float, y: float, w: float, h: float, label: str, *, kind: str = "box
     under = text(x + w / 2, y + h / 2 + 12, detail, "muted mid") if detail else ""
     label = text(x + w / 2, y + h / 2 + (-3 if detail else 4), name, "mid")
     return rect(x, y, w, h, kind) + label + under
+
+
+def _up(x: float, *spans: tuple[float, float]) -> str:
+    """Upright arrows at x, each from the first y to the second."""
+    return "".join(_arrow(f"M{x:.5g} {start:.5g}V{end:.5g}") for start, end in spans)
+
+
+def _arrow(path: str) -> str:
+    """An arrow along `path`, in SVG's own path commands."""
+    return f'<path class="line" d="{path}" marker-end="url(#tip)"/>'

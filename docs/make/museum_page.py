@@ -1,5 +1,9 @@
 """The museum as a page of the book: every exhibit, its change, its story, and figures of a run.
 
+    python -m docs.make.museum_page
+
+runs all exhibits, which takes minutes, and writes the page.
+
 Checked by: tests/learn/test_museum.py
 """
 
@@ -9,12 +13,25 @@ from typing import Any
 
 import numpy as np
 
-from minstep.cli.footgun import agreed, error, kept, number, one_line, setting_text
+from docs.make.pages import DOCS, fill
 from minstep.learn.damage import TIGHTER
-from minstep.learn.exhibits import DECODING, DRAFTS, FILES, Exhibit
-from minstep.learn.museum import EXHIBITS, changes, measured_all, ways
+from minstep.learn.exhibits import DECODING, DRAFTS, EXHIBITS, FILES, Exhibit
+from minstep.learn.museum import (
+    agreed,
+    changes,
+    error,
+    kept,
+    measured,
+    number,
+    one_line,
+    patient,
+    setting_text,
+    ways,
+)
 from minstep.parity.compare import TOLERANCES
+from minstep.store.checkpoint import open_checkpoint
 from minstep.store.config_file import find_config, load_config
+from minstep.text.tokenizer import load_tokenizer
 
 HEAD = """\
 # 13. The footgun museum
@@ -88,12 +105,20 @@ TAIL = """\
 ASIDE = (DRAFTS, DECODING, FILES)
 
 
-def museum_page(reports: Sequence[dict[str, Any]] | None = None) -> str:
+def measured_all() -> list[dict[str, Any]]:
+    """What `measured` reports of every exhibit and the shipped model, over one unspoiled run."""
+    folder = find_config("trained")
+    checkpoint, tokenizer = open_checkpoint(folder), load_tokenizer(folder)
+    assert tokenizer
+    tried = patient(checkpoint, tokenizer)
+    return [measured(exhibit, tried, tokenizer) for exhibit in EXHIBITS]
+
+
+def museum_page(reports: Sequence[dict[str, Any]]) -> str:
     """The text of docs/13-footguns.md, but for the links to the chapters beside it.
 
-    `reports`: those of museum.measured_all, which run here, slowly, where it is left out.
+    `reports`: those of measured_all.
     """
-    reports = measured_all() if reports is None else reports
     plain = reports[0]  # an exhibit that changes nothing but a line
     config = load_config(find_config("trained"))
     head = HEAD.format(
@@ -131,7 +156,7 @@ def _findings(reports: Sequence[dict[str, Any]]) -> str:
     loud, quiet = sum(x >= 2 for x in ratios), sum(x < 1.05 for x in ratios)
     same = sum(right["texts"] == bug["texts"] for right, bug in ran)
     more = sum((bug["accepted"] or 0) > (right["accepted"] or 0) for right, bug in ran)
-    told = (
+    findings = (
         f"{len(ran)} bugs are in the main model. {loud} of them at least double the perplexity: "
         f"any text shows those. {quiet} raise it by less than a twentieth, or not at all.",
         f"{same} of the bugs leave the greedy text of every prompt as it was. Nobody finds these "
@@ -140,7 +165,7 @@ def _findings(reports: Sequence[dict[str, Any]]) -> str:
         "Acceptance measures drafts, not the model: a model that repeats itself is easily "
         "predicted.",
     )
-    return "\n".join(_filled(text, "- ") for text in told)
+    return "\n".join(_filled(text, "- ") for text in findings)
 
 
 def _ratio(right: dict[str, Any], bug: dict[str, Any]) -> float:
@@ -243,3 +268,9 @@ def _texts(report: dict[str, Any]) -> Iterator[str]:
                 yield "```"
                 return
     yield "Greedy text stays as it is, for every prompt."
+
+
+if __name__ == "__main__":
+    page = DOCS / "13-footguns.md"
+    page.write_text(museum_page(measured_all()), encoding="utf-8")
+    page.write_text(fill(page), encoding="utf-8")

@@ -71,7 +71,7 @@ def fill(path: Path) -> str:
 
         def made(found: re.Match[str]) -> str:
             marker = found[0].split("\n", 1)[0]
-            if found[1] == "run-held-out" and not has_its_text():
+            if found[1] == "run-held-out" and not has_held_out_text():
                 return found[0]
             return f"{marker}\n{makers[found[1]](found[2] or '')}\n<!-- end -->"
 
@@ -79,7 +79,7 @@ def fill(path: Path) -> str:
 
 
 @cache
-def has_its_text() -> bool:
+def has_held_out_text() -> bool:
     """Whether this Python documents itself as the one that the shipped model was trained on."""
     log = (TOP / "tiny_configs" / "trained" / "log.txt").read_text(encoding="utf-8")
     held_out = sum(document.nbytes for document in read_corpus().held_out)
@@ -150,24 +150,6 @@ def nav(path: Path) -> str:
     return " · ".join(links)
 
 
-def reaches(path: Path, file: str) -> bool:
-    """Whether a chapter quotes a file or links to it; `file` as in minstep/norm.py."""
-    text = path.read_text(encoding="utf-8")
-    return f"<!-- quote {file} " in text or f"](../{file})" in text
-
-
-def file_of(module: str) -> str:
-    """Where a module lies: minstep/parity/compare.py for parity.compare."""
-    return f"minstep/{module.replace('.', '/')}.py"
-
-
-def public(file: str) -> list[ast.FunctionDef | ast.ClassDef]:
-    """The public functions and classes of a file, in its order."""
-    body = ast.parse((TOP / file).read_text(encoding="utf-8")).body
-    defined = [node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    return [node for node in defined if not node.name.startswith("_")]
-
-
 class _Printed(doctest.DocTestRunner):
     """Runs the doctests of a text, and puts what they print where something else stands."""
 
@@ -183,7 +165,7 @@ class _Printed(doctest.DocTestRunner):
 
 
 def printed(text: str, name: str) -> str:
-    """The text with what its doctests print now; one that raises stays as it is, and is told."""
+    """The text with what its doctests print now; an example that raises stays as it is."""
     runner = _Printed(text)
     runner.run(doctest.DocTestParser().get_doctest(text, {}, name, name, 0))
     return "".join(runner.lines)

@@ -21,7 +21,7 @@ from minstep.generate import steps
 from minstep.model import ModelWeights
 from minstep.store.checkpoint import open_checkpoint
 from minstep.store.config_file import find_config, read_config
-from minstep.store.files import check_space
+from minstep.store.output import check_space
 from minstep.store.random_checkpoint import Form, needed_space, save_random
 from minstep.text.tokenizer import load_tokenizer
 from minstep.train.data import encode_documents, read_corpus

@@ -27,8 +27,7 @@ from minstep.model import BlockWeights
 from minstep.moe import moe
 from minstep.store.checkpoint import Checkpoint, open_checkpoint
 from minstep.store.config_file import read_config
-from minstep.store.files import check_space
-from minstep.store.header import laid_out
+from minstep.store.output import check_space, laid_out
 from minstep.store.random_checkpoint import NEVER
 from minstep.tap import Array
 from minstep.weights import block_weights

@@ -34,8 +34,8 @@ from minstep.errors import InputError
 from minstep.fast.threads import THREADS
 from minstep.store.checkpoint import open_checkpoint
 from minstep.store.config_file import find_config, load_config
-from minstep.store.files import check_space, owned_folder, write_text
 from minstep.store.json_file import read_json
+from minstep.store.output import check_space, owned_folder, write_text
 from minstep.store.random_checkpoint import Form, needed_space, save_random
 
 Case = Callable[[Setup], Found]

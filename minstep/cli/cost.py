@@ -13,7 +13,7 @@ from minstep.cost.report import Wanted, cost_text, report
 from minstep.cost.roofline import MOST_LINES, roofline_svg
 from minstep.errors import InputError
 from minstep.store.config_file import find_config, load_config
-from minstep.store.files import write_text
+from minstep.store.output import write_text
 
 
 def add_cost(command: Callable[..., Any]) -> None:

@@ -31,7 +31,7 @@ from minstep.cli.terminal import (
 )
 from minstep.config import Config
 from minstep.errors import InputError
-from minstep.generate import Step, check_prompt, steps
+from minstep.generate import Step, steps
 from minstep.model import ModelWeights
 from minstep.sampling import LIMITS, Sampling
 from minstep.store.checkpoint import Checkpoint, open_checkpoint
@@ -42,6 +42,7 @@ from minstep.text.prompt import SpecialTokens, render
 from minstep.text.reply import parse
 from minstep.text.tokenizer import StreamingText, encode, load_tokenizer, text_of
 from minstep.text.tool_calls import objects
+from minstep.validation import check_prompt
 
 SHIPPED = "minstep: no --model: the small model shipped here, trained on Python's documentation"
 DRAFTS = " after  drafts, those that were kept in [] -> new tokens"  # above lines of drafts_line

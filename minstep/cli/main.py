@@ -19,18 +19,17 @@ from minstep import __version__
 from minstep.cli.arguments import add_command
 from minstep.cli.bench import add_bench
 from minstep.cli.chat import add_chat
-from minstep.cli.checking_flags import add_lab_commands
 from minstep.cli.cost import add_cost
-from minstep.cli.footgun import add_footgun
+from minstep.cli.explore import add_labs, add_view, add_walk
 from minstep.cli.generate import add_generate
-from minstep.cli.lab import add_labs
+from minstep.cli.learn import add_exercise, add_footgun
+from minstep.cli.parity import add_parity_commands
+from minstep.cli.store import add_store_commands
 from minstep.cli.terminal import note
 from minstep.cli.train import add_train
-from minstep.cli.walk import add_walk
 from minstep.errors import LONGEST_MESSAGE, InputError, shown
-from minstep.explore.view import add_view
-from minstep.learn.exercise import add_exercise
-from minstep.store.files import check_output, os_reason
+from minstep.store.files import os_reason
+from minstep.store.output import check_output
 
 GROUPS = {  # of commands, as the help lists them
     "run": "generate chat",
@@ -194,7 +193,8 @@ def _parser() -> argparse.ArgumentParser:
     add_generate(command)
     add_chat(command)
     add_train(command)
-    add_lab_commands(command)
+    add_store_commands(command)
+    add_parity_commands(command)
     add_bench(command)
     add_cost(command)
     add_labs(command)

@@ -1,6 +1,5 @@
 """What a person sees: answers as they come, a bar while a prompt is read, a line of figures."""
 
-import json
 import os
 import sys
 import time
@@ -10,6 +9,7 @@ from typing import Any, TextIO
 
 from minstep.errors import LONGEST_MESSAGE, InputError, printable, shown
 from minstep.store.files import os_reason
+from minstep.store.json_file import json_text
 from minstep.text.continuation import Pass
 from minstep.text.reply import Event
 
@@ -184,14 +184,6 @@ def print_json(report: Any) -> None:
     and escapes for what is not printable.
     """
     print(json_text(report, (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")))
-
-
-def json_text(value: Any, is_utf8: bool = True) -> str:
-    """A value as JSON, with an escape such as `\\u001b` for what is not printable."""
-    text = json.dumps(value, ensure_ascii=not is_utf8)
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def note(text: str, is_dim: bool = False) -> None:

@@ -14,7 +14,7 @@ from minstep.config import Config
 from minstep.errors import InputError
 from minstep.fast.threads import THREADS
 from minstep.store.config_file import read_config
-from minstep.store.files import owned_folder
+from minstep.store.output import owned_folder
 from minstep.train.run import Every, Run
 from minstep.train.trainer import Plan
 from minstep.train.workers import MOST_PROCESSES, SHARE, workers

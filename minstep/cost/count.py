@@ -12,22 +12,10 @@ from functools import cache
 from typing import NamedTuple
 
 from minstep.config import Config, LayerSpec, MoESpec
-from minstep.store.stages import layer_number
+from minstep.store.stages import layer_number, part_of
 from minstep.weights import tensor_shapes
 
 SCORES = "scores and values"  # the part of attention that multiplies no weight
-PIECES = {  # what of a tensor's name says which part it belongs to; the first that fits
-    "self_attn": "attention",
-    "moe.gate.weight": "router",
-    "router_bias": "router",
-    ".moe.": "routed experts",
-    "share_expert": "shared experts",
-    ".mlp.": "dense MLPs",
-    "eh_proj": "MTP inputs",
-    "embed_tokens": "embedding",
-    "lm_head": "output matrix",
-    "shared_head.output": "output matrix",
-}
 
 
 class WeightBytes(NamedTuple):
@@ -63,7 +51,7 @@ def matrices(config: Config) -> list[Matrix]:
     """Every tensor of the model, by the shapes that checkpoints must have."""
     found = []
     for name, shape in tensor_shapes(config).items():
-        part = next((part for piece, part in PIECES.items() if piece in name), "norms")
+        part = part_of(name)
         n = layer_number(name)
         moe = config.layers[n].moe if part == "routed experts" else None
         depth = max(0, n + 1 - len(config.layers))

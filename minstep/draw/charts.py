@@ -5,19 +5,76 @@ Checked by: tests/draw/test_charts.py
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from minstep.draw.axes import ROUNDING, Axis, axis
-from minstep.draw.page import INKS, page, widest
-from minstep.draw.svg import rect, text
+from minstep.draw.svg import INKS, page, rect, text, widest
 from minstep.tap import Array
 
 Point = tuple[float, float]
 PLOT_WIDTH, PLOT_HEIGHT, LEFT, TOP, BELOW = 560, 300, 72, 60, 58  # in units of the canvas
 POINTS = 600  # drawn of one line, at most
-ROW, BARS, WORDS = 54, 40, 170  # of the load chart: row, highest bar, and what is said beside
+ROW, BARS, WORDS = 54, 40, 170  # of the load chart: row, highest bar, and the words beside
+ROUNDING = 1e-9  # of what is drawn
 LOW, MOST = 0.1, 4.0  # multiples of the fair share: below is marked, above is cut off
+
+
+class Axis(NamedTuple):
+    """An axis from `low` to `high` with round numbers at `ticks`, equal steps or factors apart."""
+
+    low: float
+    high: float
+    ticks: list[float]
+    step: float | None  # None: the axis is logarithmic
+
+    def share(self, value: float) -> float:
+        """How far along the axis a value lies: 0 at its beginning, 1 at its end."""
+        low, high = self.low, self.high
+        if self.step is None:
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        return (value - low) / (high - low)
+
+    def label(self, tick: float) -> str:
+        """A tick's number, with as many decimals as the distance of ticks has."""
+        if self.step is None:
+            large = f"{tick / 1e6:,.0f}M" if tick >= 1e6 else f"{tick:,.0f}"
+            return large if tick >= 1 else f"{tick:g}".replace("e-0", "e-")
+        decimals = max(0, -math.floor(math.log10(self.step) + ROUNDING))
+        return f"{tick:,.{decimals}f}"
+
+
+def axis(values: Sequence[float], base: int = 0, is_tight: bool = False) -> Axis:
+    """The axis that shows all values, from tick to tick, or just as far as they go if `is_tight`.
+
+    With a `base` it is logarithmic, a tick at each power of it. Raises ValueError where a value on
+    such an axis is not above 0.
+    Checked by: tests/draw/test_charts.py
+    """
+    low, high = min(values), max(values)
+    if base:
+        if low <= 0:
+            raise ValueError(f"{low} is on a logarithmic axis, expected numbers above 0")
+        first = math.floor(math.log(low, base) + ROUNDING)
+        last = max(first + 1, math.ceil(math.log(high, base) - ROUNDING))
+        ticks, step = [float(base) ** n for n in range(first, last + 1)], None
+    else:
+        ticks, step = _round_ticks(low, high)
+    if not is_tight:
+        return Axis(ticks[0], ticks[-1], ticks, step)
+    high = high if high > low else ticks[-1]
+    return Axis(low, high, [tick for tick in ticks if low <= tick <= high], step)
+
+
+def _round_ticks(low: float, high: float) -> tuple[list[float], float]:
+    """Round numbers from `low` or just below to `high` or just above, at most ten; their step."""
+    if low == high:
+        low, high = low - max(0.5, abs(low) / 2), high + max(0.5, abs(high) / 2)
+    span = (high - low) * (1 - ROUNDING)  # so that a last bit does not decide
+    power = 10.0 ** math.floor(math.log10(span / 5))
+    step = next(power * n for n in (1, 2, 5, 10) if power * n * 8 >= span)
+    first, last = math.floor(low / step + ROUNDING), math.ceil(high / step - ROUNDING)
+    return [step * n for n in range(first, last + 1)], step
 
 
 def line_chart(
@@ -66,15 +123,15 @@ def line_chart(
         n, x = list(series).index(name), LEFT + PLOT_WIDTH + 12
         lines.append(f'<path class="curve s{n}" d="M{x} {y:.1f}h28"/>')
         lines.append(text(x + 34, y + 4, name))
-    said = "; ".join(
+    description = "; ".join(
         f"{name}: {y_label} from {points[0][1]:.4g} to {points[-1][1]:.4g}"
         for name, points in series.items()
     )
     height = TOP + PLOT_HEIGHT + BELOW
-    return page(title, f"{said}.", lines, LEFT + PLOT_WIDTH + 58 + widest(series), height)
+    return page(title, f"{description}.", lines, LEFT + PLOT_WIDTH + 58 + widest(series), height)
 
 
-def bar_chart(title: str, groups: Mapping[str, Mapping[str, float]], y_label: str = "") -> str:
+def bar_chart(title: str, groups: Mapping[str, Mapping[str, float]]) -> str:
     """Bars from 0 up, side by side in each group, in one order of names: {group: {name: value}}.
 
     A group may lack a name: its place stays free. Raises ValueError for a number that is negative
@@ -89,7 +146,7 @@ def bar_chart(title: str, groups: Mapping[str, Mapping[str, float]], y_label: st
     pitch = 38
     width = max(280, len(groups) * (len(names) * pitch + 30) + 20)
     span = (width - 20) / len(groups)
-    lines = [*_y_axis(upward, y_label, width)]
+    lines = [*_y_axis(upward, "", width)]
     for g, (label, group) in enumerate(groups.items()):
         middle = LEFT + 10 + (g + 0.5) * span
         lines.append(text(middle, TOP + PLOT_HEIGHT + 18, label, "mid"))
@@ -101,11 +158,12 @@ def bar_chart(title: str, groups: Mapping[str, Mapping[str, float]], y_label: st
     for n, name in enumerate(names):
         x, y = LEFT + width + 12, TOP + 12 + n * 20
         lines += [rect(x, y - 10, 14, 12, f"bar s{n}", 1), text(x + 22, y, name)]
-    said = "; ".join(
+    description = "; ".join(
         f"{label}: " + ", ".join(f"{name} {value:.2f}" for name, value in group.items())
         for label, group in groups.items()
     )
-    return page(title, f"{said}.", lines, LEFT + width + 46 + widest(names), TOP + PLOT_HEIGHT + 34)
+    right = LEFT + width + 46 + widest(names)
+    return page(title, f"{description}.", lines, right, TOP + PLOT_HEIGHT + 34)
 
 
 def load_chart(title: str, loads: Mapping[str, Mapping[str, Array]]) -> str:
@@ -123,7 +181,7 @@ def load_chart(title: str, loads: Mapping[str, Mapping[str, Array]]) -> str:
     most = max(map(len, every))
     top = min(MOST, max(2.0, math.ceil(max(share.max() for share in every) - ROUNDING)))
     pitch = min(14.0, max(2.0, 230 / most))
-    lines, said, gutter = list[str](), list[str](), 40 + widest(layers)
+    lines, parts, gutter = list[str](), list[str](), 40 + widest(layers)
     for n, layer in enumerate(layers):
         lines.append(text(24, TOP + 20 + n * ROW + BARS / 2, layer))
     for c, (name, column) in enumerate(shares.items()):
@@ -132,14 +190,14 @@ def load_chart(title: str, loads: Mapping[str, Mapping[str, Array]]) -> str:
         for n, share in enumerate(column):
             lines += _panel(x, TOP + 16 + n * ROW + BARS, pitch, share, top)
         least, largest = min(share.min() for share in column), max(s.max() for s in column)
-        said.append(f"{name}: from {least:.2f} to {largest:.2f} of the fair share")
+        parts.append(f"{name}: from {least:.2f} to {largest:.2f} of the fair share")
     x, y = 24, TOP + 24 + len(layers) * ROW
     lines += [f'<path class="fair" d="M{x} {y - 4}h24"/>', text(x + 32, y, "fair share")]
     lines += [f'<path class="tenth" d="M{x + 116} {y - 4}h24"/>', text(x + 148, y, "a tenth of it")]
     lines += [rect(x + 246, y - 10, 12, 12, "low", 0), text(x + 266, y, "expert below a tenth")]
     lines += [text(x + 410, y, f"bars above {top:g} are cut off", "muted")] if top == MOST else []
     width = gutter + len(shares) * (pitch * most + WORDS)
-    return page(title, "; ".join(said) + ".", lines, max(width, LEFT + 540), y + 18)
+    return page(title, "; ".join(parts) + ".", lines, max(width, LEFT + 540), y + 18)
 
 
 def _panel(x: float, base: float, pitch: float, share: Array, top: float) -> Iterator[str]:

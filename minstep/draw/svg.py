@@ -3,6 +3,7 @@
 Lengths are in units of the canvas, y grows downwards; a `kind` is a class of COLOURS or STYLE.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from html import escape
 
@@ -17,6 +18,30 @@ COLOURS: Colours = {  # class: fill and stroke on a light page, fill and stroke 
     ".line": ("none", "#6e7781", "none", "#8b949e"),
     ".box": ("#f6f8fa", "#afb8c1", "#161b22", "#484f58"),
 }
+# The colours of charts. Series differ by dashes or outline and stand in one order too, so that
+# colour is never needed.
+LETTER, TITLE_LETTER, DASH = 6.8, 10.5, 12.0  # the width of a wide font's characters
+INKS = (
+    *(("#2563c9", "#6cb0ff"), ("#b45309", "#f0a13a"), ("#6f36d9", "#c4a7ff")),
+    *(("#d6246e", "#ff4f93"), ("#1a7f37", "#3fb950"), ("#59636e", "#9198a1")),
+)
+DASHES = ("none", "8 4", "2 3", "12 3 2 3", "5 2", "1 5")
+KINDS: Colours = {  # the charts' own classes: fill and stroke on a light page and on a dark one
+    ".grid": ("none", "#d8dee4", "none", "#2a3038"),
+    ".low": ("#fbd3e2", "none", "#5c1736", "none"),
+    ".fair": ("none", "#1f2328", "none", "#e6edf3"),
+    ".tenth,.mark": ("none", "#d6246e", "none", "#ff4f93"),
+    ".cut": ("#ffffff", "none", "#0d1117", "none"),
+    "text.over": ("#59636e", "#ffffff", "#9198a1", "#0d1117"),
+    **{f".curve.s{n}": ("none", light, "none", dark) for n, (light, dark) in enumerate(INKS)},
+    **{f".bar.s{n}": (light, light, dark, dark) for n, (light, dark) in enumerate(INKS)},
+}
+RULES = ".end{text-anchor:end} .curve{stroke-width:1.8;stroke-linejoin:round}"
+RULES += " text.over{paint-order:stroke;stroke-width:3px;stroke-linejoin:round}"
+RULES += " .bar{fill-opacity:.3;stroke-width:1.5} .bar.s0{fill-opacity:1} .tenth,.mark"
+RULES += "{stroke-dasharray:4 3}" + "".join(
+    f" .s{n}{{stroke-dasharray:{dash}}}" for n, dash in enumerate(DASHES)
+)
 
 
 def document(
@@ -54,14 +79,30 @@ def text(x: float, y: float, words: str, kind: str = "") -> str:
     return f'<text class="{kind}" x="{x:.5g}" y="{y:.5g}">{escape(words, quote=False)}</text>'
 
 
-def up(x: float, *spans: tuple[float, float]) -> str:
-    """Upright arrows at x, each from the first y to the second."""
-    return "".join(arrow(f"M{x:.5g} {start:.5g}V{end:.5g}") for start, end in spans)
+def page(
+    title: str,
+    description: str,
+    lines: Iterable[str],
+    width: float,
+    height: float,
+    colours: Colours | None = None,
+    rules: str = "",
+) -> str:
+    """A chart's lines on a card as an SVG file; it is at least as wide as the title.
+
+    `description`: what screen readers say of it; `width`: where the rightmost of the lines ends.
+    Checked by: tests/draw/test_charts.py, tests/docs/test_gallery.py
+    """
+    across, down = math.ceil(max(width, 24 + len(title) * TITLE_LETTER) + 24), math.ceil(height)
+    card = rect(0.5, 0.5, across - 1, down - 1, "card", 10)
+    head = [card, text(24, 32, title, "title")]
+    colours = {**KINDS, **(colours or {})}
+    return document((across, down), title, description, [*head, *lines], colours, RULES + rules)
 
 
-def arrow(path: str) -> str:
-    """An arrow along `path`, in SVG's own path commands."""
-    return f'<path class="line" d="{path}" marker-end="url(#tip)"/>'
+def widest(names: Iterable[str]) -> float:
+    """How wide the longest of the names is, at most; 0 where there is none."""
+    return max((sum(DASH if c >= "\u2000" else LETTER for c in name) for name in names), default=0)
 
 
 def _style(colours: Colours, rules: str) -> str:

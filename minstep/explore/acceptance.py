@@ -12,9 +12,12 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from minstep.config import Config
+from minstep.draw.charts import bar_chart
 from minstep.errors import InputError
 from minstep.model import ModelWeights, decoder, head
-from minstep.parity.known_bugs import FOOTGUNS, IN_DRAFTER, Footgun, variant
+from minstep.parity.decoding_bugs import IN_DRAFTER
+from minstep.parity.known_bugs import FOOTGUNS, Footgun
+from minstep.parity.variants import variant
 from minstep.text.continuation import Continuation, Pass
 from minstep.validation import check_finite
 
@@ -102,11 +105,11 @@ def draft(
     options = {"dtype": dtype, "num_draft_tokens": None if way.drafts else 0}
     drafted, rng = Drafted([], []), np.random.default_rng(0)  # greedy: its numbers change nothing
     for done, prompt in enumerate(prompts, start=1):
-        said = Continuation(steps(prompt, weights, config, rng, max_tokens, **options))
-        for _ in said:
+        answer = Continuation(steps(prompt, weights, config, rng, max_tokens, **options))
+        for _ in answer:
             pass
-        drafted.texts.append(said.tokens)
-        drafted.passes.extend(said.passes[1:])
+        drafted.texts.append(answer.tokens)
+        drafted.passes.extend(answer.passes[1:])
         progress(done)
     return drafted
 
@@ -248,3 +251,12 @@ def _cells(shares: Sequence[float | None]) -> str:
 
 def _share(part: Any, of: Any) -> float | None:
     return round(int(part) / int(of), 4) if of else None
+
+
+def mtp_chart(report: dict[str, Any]) -> str:
+    """The share of drafts kept by depth, for each way to draft, as SVG text."""
+    groups: dict[str, dict[str, float]] = {}
+    for name, way in report["ways"].items():
+        for k, kept in enumerate(way["kept"], start=1):
+            groups.setdefault(f"depth {k}", {})[name] = kept
+    return bar_chart("Share of drafts that the main model keeps", groups)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from minstep.config import Config
-from minstep.draw.charts import LOW
+from minstep.draw.charts import LOW, load_chart
 from minstep.errors import InputError
 from minstep.model import ModelWeights, decoder
 from minstep.moe import Choice
@@ -18,6 +18,7 @@ from minstep.parity.trace import Recorder, Trace
 from minstep.tap import Array
 
 Counts = NDArray[np.integer[Any]]
+WITH, WITHOUT = "with the router bias", "without it"
 LEAST = 8  # times that an expert got a token, before that says anything
 
 
@@ -146,9 +147,18 @@ def router_report(
 def _spread(counts: Counts) -> dict[str, Any]:
     """How counts [E] spread."""
     load = counts / counts.mean()
-    said = {"least": float(load.min()), "most": float(load.max()), "evenness": evenness(counts)}
-    rounded = {name: round(value, 4) for name, value in said.items()}
+    figures = {"least": float(load.min()), "most": float(load.max()), "evenness": evenness(counts)}
+    rounded = {name: round(value, 4) for name, value in figures.items()}
     return rounded | {"low": int((load < LOW).sum()), "load": load.round(4).tolist()}
+
+
+def router_chart(report: dict[str, Any]) -> str:
+    """The load of each expert of each layer, with the router bias and without it, as SVG text."""
+    loads = {
+        title: {layer["layer"]: np.array(layer[key]["load"]) for layer in report["layers"]}
+        for title, key in ((WITH, "on"), (WITHOUT, "off"))
+    }
+    return load_chart("How many tokens each expert gets", loads)
 
 
 def router_table(report: dict[str, Any]) -> str:

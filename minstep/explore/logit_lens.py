@@ -14,10 +14,11 @@ from minstep.activations import softmax
 from minstep.config import Config
 from minstep.errors import InputError
 from minstep.model import ModelWeights, head
+from minstep.parity.engine_tensors import Recording
 from minstep.parity.facts import Facts, layer_facts
-from minstep.parity.recording import Recording
 from minstep.store.checkpoint import Checkpoint
-from minstep.store.stages import EMBEDDING, HEAD, some_weights, split
+from minstep.store.shards import some_weights
+from minstep.store.stages import EMBEDDING, HEAD, split
 from minstep.tap import Array
 from minstep.text.tokenizer import load_tokenizer
 

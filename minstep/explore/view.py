@@ -7,9 +7,8 @@ Checked by: tests/explore/test_view.py
 import html
 import json
 import re
-from argparse import Namespace
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -17,50 +16,18 @@ import numpy as np
 
 from minstep.activations import sigmoid
 from minstep.attention import visible
-from minstep.cli.arguments import add_model, path
-from minstep.cli.terminal import wrote
 from minstep.errors import InputError
-from minstep.explore.logit_lens import LensModel, lens, open_lens
-from minstep.parity.facts import Facts, LayerFacts, layer_facts, piece, read_facts
+from minstep.explore.logit_lens import LensModel, lens
+from minstep.parity.engine_tensors import Recording, check_forms
+from minstep.parity.facts import Facts, LayerFacts, layer_facts
 from minstep.parity.names import axes, mtp_depths
-from minstep.parity.recording import Recording, check_forms, open_recording
-from minstep.store.checkpoint import open_checkpoint
-from minstep.store.config_file import find_config
-from minstep.store.files import atomic_file
 from minstep.store.stages import EMBEDDING, split
 from minstep.tap import Array
-from minstep.text.tokenizer import BACK, FRONT
+from minstep.text.tokenizer import BACK, FRONT, piece
 
 LEVELS = {"u1": 255, "<u2": 65535}  # what stands for 1 in a packed share
 SCRIPT = "base grid layers text attention experts states lens begin".split()  # in this order
 NO_LENS = "No lens: this trace is not of the shipped model; name its own with --model."
-
-
-def add_view(command: Callable[..., Any]) -> None:
-    """Add `view` to the parser."""
-    text, example = "show a trace as one HTML page", "trace.safetensors --out page.html"
-    add = command("view", run_view, text, example)
-    add.add_argument("trace", type=path, metavar="TRACE", help="what `trace` or `record` wrote")
-    text = "checkpoint of the trace, whose head the logit lens uses (the shipped one, if it fits)"
-    add_model(add, text)
-    add.add_argument("--out", type=path, required=True, metavar="FILE.html")
-
-
-def run_view(args: Namespace) -> None:
-    """Write the page."""
-    recording = open_recording(args.trace)
-    facts, checkpoint = read_facts(recording), open_checkpoint(args.model or find_config("trained"))
-    if checkpoint.owns(args.out):
-        raise InputError(f"--out {args.out}: belongs to the checkpoint, expected another file")
-    try:
-        model = open_lens(checkpoint, recording, facts)
-    except InputError:
-        if args.model:
-            raise
-        model = None
-    with atomic_file(args.out) as temporary:
-        temporary.write_bytes(page(page_data(recording, facts, model)).encode(errors="replace"))
-    wrote(args.out, ": open it in a browser")
 
 
 def page(data: Mapping[str, Any]) -> str:
@@ -101,18 +68,18 @@ def page_data(recording: Recording, facts: Facts, model: LensModel | None = None
     tokens, words = recording.tokens, dict(facts.pieces or {})
     seen = lens(recording, depths, model)
     ids = {n for each in seen.values() for n in each.ids.ravel().tolist()} | {*(tokens or ())}
-    ids |= {draft for each in facts.passes or () for draft in each.drafts}
+    ids |= {draft for each in facts.passes or () for draft in each["drafts"]}
     for n in ids - words.keys():
         words[n] = piece(model.tokenizer if model else None, n)
-    said = (words[token] for token in tokens or () if words[token] not in (*FRONT, *BACK))
-    text = " ".join("".join(said).split())
+    shown = (words[token] for token in tokens or () if words[token] not in (*FRONT, *BACK))
+    text = " ".join("".join(shown).split())
     return {
         "title": f"Trace of “{text[:40]}{'…' * (len(text) > 40)}”" if text else "Trace",
         "count": T,
         "tokens": tokens,
         "words": {n: words[n] for n in sorted(ids)},
         "dtype": recording.engine_dtype,
-        "passes": [each._asdict() for each in facts.passes] if facts.passes else None,
+        "passes": facts.passes or None,
         "embedding": _norms(recording, EMBEDDING),
         "layers": [_layer(recording, n, depths[n], by_number.get(n)) for n in sorted(depths)],
         "lens": {
@@ -153,20 +120,20 @@ def _layer(recording: Recording, n: int, depth: int, facts: LayerFacts | None) -
     mlp = _norms(recording, f"{name}.mlp")
     if mlp is None:
         mlp = _norms(recording, f"{name}.moe", f"{name}.share_expert")
-    said: dict[str, Any] = dict.fromkeys(LayerFacts._fields) if facts is None else facts._asdict()
+    known: dict[str, Any] = dict.fromkeys(LayerFacts._fields) if facts is None else facts._asdict()
     if scores is not None:
-        said["experts"] = scores.shape[-1]
+        known["experts"] = scores.shape[-1]
     elif ids is not None:
-        said["experts"] = max(said["experts"] or 0, int(ids.max()) + 1)
+        known["experts"] = max(known["experts"] or 0, int(ids.max()) + 1)
     return {
-        **said,
+        **known,
         "n": n,
         "name": name,
         "depth": depth,
         "state": _norms(recording, name),
         "attention": _norms(recording, f"{name}.self_attn.o_proj"),
         "mlp": mlp,
-        **({} if probs is None else _attention(probs, said["window"])),
+        **({} if probs is None else _attention(probs, known["window"])),
         "gate": None if gate is None else packed(sigmoid(gate), "u1"),
         "scores": None if scores is None else packed(sigmoid(scores), "u1"),
         "ids": None if ids is None else ids.tolist(),

@@ -1,11 +1,16 @@
 """What a bug does to a model: the first tensor that departs, perplexity, drafts and greedy text.
 
 The variant of the package that has the bug runs whole, over a text that no model was trained on.
+Where no forward pass shows a bug, the changed code runs alone, and lines say what happened.
 Checked by: tests/learn/test_museum.py
 """
 
+import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -17,17 +22,30 @@ from minstep.explore.acceptance import Way, draft, worth
 from minstep.learn.exhibits import END, TIGHT
 from minstep.linear import Weight
 from minstep.model import ModelWeights
+from minstep.parity.check_layer import leading
 from minstep.parity.compare import TOLERANCES, compare
-from minstep.parity.explain import leading
-from minstep.parity.known_bugs import IN_DRAFTER, Footgun, Variant, variant
+from minstep.parity.decoding_bugs import IN_DRAFTER, UNSEEN
+from minstep.parity.known_bugs import Footgun
 from minstep.parity.trace import Recorder, Trace
-from minstep.store.checkpoint import Checkpoint
+from minstep.parity.variants import Variant, variant
+from minstep.store.checkpoint import INDEX, Checkpoint
+from minstep.store.config_file import find_config, read_config
+from minstep.store.json_file import read_json
+from minstep.store.random_checkpoint import Form, save_random
+from minstep.store.stages import spans
 from minstep.tap import Array, ScopedTap, Tap
 from minstep.train.loss import surprise
-from minstep.weights import Shape
+from minstep.weights import Shape, tensor_shapes
 
 TIGHTER = 8  # in tight clamps limits are divided by this
 SMALL = 1 << 26  # elements of a model that is held in memory as floats
+ODD = "model-00002.safetensors"  # what the released checkpoint calls one of its shards
+PIECE = 4  # tokens of a pass that kept three drafts
+CALL = (
+    "<tool_call>\n<function=weather>\n<parameter=city>\n{}\n</parameter>\n</function>\n</tool_call>"
+)
+# So many words that a piece holds the end of a call and the start of the next.
+ANSWER = f"I ask for two cities.\n</think>\n{CALL.format('Oslo')}{CALL.format('Rome')}"
 
 
 class Damage(NamedTuple):
@@ -114,16 +132,16 @@ class Patient:
         try:
             loaded = self._loaded(chain, setting)
         except InputError as error:
-            refused = self._said(error)
+            refused = self._message(error)
         try:
             loaded = loaded if refused is None else self._loaded(chain, setting, cuts=True)
             damage = self._ran(footgun, loaded, tap)
         except (InputError, ValueError, IndexError) as error:  # sizes misfit, or nothing is finite
-            return Damage(np.nan, [], [], None, refused=refused or self._said(error))
+            return Damage(np.nan, [], [], None, refused=refused or self._message(error))
         tensor, token, share = tap.found or (None, 0, 0.0)
         return damage._replace(tensor=tensor, token=token, error=share, refused=refused)
 
-    def _said(self, error: Exception) -> str:
+    def _message(self, error: Exception) -> str:
         """What an error says, without the folder that the model lies in."""
         return str(error).replace(f"{self.checkpoint.path}{os.sep}", "")
 
@@ -206,3 +224,75 @@ def _tightened(spec: LayerSpec) -> LayerSpec:
     return spec._replace(
         swiglu_limit=routed and routed / TIGHTER, swiglu_limit_shared=shared and shared / TIGHTER
     )
+
+
+def shards(footguns: tuple[Footgun, ...]) -> list[str]:
+    """A small checkpoint in two files, one with an odd name, opened with the bug and without."""
+    lines = []
+    with TemporaryDirectory() as folder:
+        made = Path(folder) / "made"
+        raw, config, _ = read_config("tiny")
+        save_random(raw, config, np.random.default_rng(0), made, Form(shards=2))
+        index = read_json(made / INDEX)
+        usual = sorted(set(index["weight_map"].values()))
+        (made / usual[1]).rename(made / ODD)
+        renamed = {n: ODD if f == usual[1] else f for n, f in index["weight_map"].items()}
+        (made / INDEX).write_text(json.dumps(index | {"weight_map": renamed}))
+        lines.append(f"a checkpoint in two files, {usual[0]} and {ODD}")
+        for footgun in (None, *footguns):
+            opened = variant(footgun).checkpoint.open_checkpoint(made)
+            try:
+                opened.weights()
+                outcome = "and the model loads"
+            except InputError as error:
+                outcome = str(error).replace(f"{made}: ", "")
+            name = footgun.bug if footgun else "as it is"
+            lines.append(f"{name}: {len(opened.tensors)} tensors found, {outcome}")
+    return lines
+
+
+def moe_layers(footguns: tuple[Footgun, ...]) -> list[str]:
+    """Which layers of the released config have experts, and which tensors are asked for."""
+    lines, stored = [], set[str]()
+    for footgun in (None, *footguns):
+        config = variant(footgun).config_file.load_config(find_config("step-3.5-flash"))
+        layers = [n for n, spec in enumerate(config.layers) if spec.moe]
+        asked = set(tensor_shapes(config))
+        stored = stored or asked
+        name = footgun.bug if footgun else "as it is"
+        where = (
+            f"experts in layers {', '.join(spans(layers))}" if layers else "no layer has experts"
+        )
+        missing = [tensor for tensor in tensor_shapes(config) if tensor not in stored]
+        outcome = f"all {len(stored)} tensors of the checkpoint used"
+        if missing:
+            unused = len(stored - asked)
+            outcome = f"{missing[0]} is missing, {len(missing)} in all; {unused} stored ones unused"
+        lines.append(f"{name}: {where}; {outcome}")
+    return lines
+
+
+def tool_calls(footguns: tuple[Footgun, ...]) -> list[str]:
+    """An answer with two calls, read a token at a time and in pieces as drafts bring them."""
+    tokens = re.findall(r"</?\w+>|<\w+=|\w+|.|\n", ANSWER)
+    lines = [f"an answer with two calls, {len(tokens)} tokens"]
+    for footgun in (None, *footguns):
+        for size in (1, PIECE):
+            stream = variant(footgun).reply.ChatStream()
+            pieces = ["".join(tokens[n : n + size]) for n in range(0, len(tokens), size)]
+            events = [event for piece in pieces for event in stream.feed(piece)]
+            events += stream.finish()
+            calls = [e.payload.arguments["city"] for e in events if e.kind == "tool_call"]
+            text = "".join(e.payload for e in events if e.kind == "content")
+            name = footgun.bug if footgun else "as it is"
+            given = "a token at a time" if size == 1 else f"{size} tokens at a time"
+            left = f", and says {text!r}" if text else ""
+            lines.append(f"{name}, {given}: calls {', '.join(calls) or 'nothing'}{left}")
+    return lines
+
+
+RUNNERS: dict[str, Callable[[tuple[Footgun, ...]], list[str]]] = {
+    UNSEEN["shards"][0].bug: shards,
+    UNSEEN["moe_layers_enum"][0].bug: moe_layers,
+    UNSEEN["tool calls"][0].bug: tool_calls,
+}

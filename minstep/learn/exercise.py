@@ -1,4 +1,4 @@
-"""`minstep exercise N --out DIR`: a chapter's functions to write, and checks that say what departs.
+"""Exercises: a chapter's functions to write, and checks that say what departs.
 
 The files are the package's own with bodies taken out, so the solution is the source. In one chapter
 nothing is taken out: a bug is planted.
@@ -6,21 +6,16 @@ Checked by: tests/learn/test_exercise.py
 """
 
 import ast
-import shlex
-from argparse import Namespace
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from minstep.cli.arguments import at_least, path, seed
-from minstep.cli.terminal import print_text, wrote
-from minstep.errors import InputError, printable
+from minstep.errors import InputError
 from minstep.learn.lessons import EXERCISES, PLANT
-from minstep.parity.copies import Find, copies, source
-from minstep.parity.known_bugs import ALL, EVERY, is_plantable, planted
-from minstep.store.files import atomic_folder
+from minstep.parity.decoding_bugs import EVERY
+from minstep.parity.known_bugs import ALL
+from minstep.parity.variants import Find, copies, is_plantable, planted, source
 
 # What may lie in a reader's folder or imports such a file, in the order of their imports.
 CHAIN = (
@@ -83,46 +78,6 @@ markers =
     {mark}: exercise {number}, {title}
 addopts = --strict-markers --tb=short -p no:cacheprovider
 """
-
-
-def add_exercise(command: Callable[..., Any]) -> None:
-    """Add `exercise` to the parser."""
-    text = "a chapter's code with functions left out, and tests to turn green"
-    add = command("exercise", run_exercise, text, "4 --out ch04")
-    text = "the chapter; without it, all exercises are listed"
-    add.add_argument("number", type=at_least(0), nargs="?", metavar="N", help=text)
-    add.add_argument("--out", type=path, metavar="DIR", help="a new folder to write it to")
-    text = f"which bug exercise {PLANT} plants (0)"
-    add.add_argument("--seed", type=seed, metavar="N", help=text)
-
-
-def run_exercise(args: Namespace) -> None:
-    """Print the exercises, or write one."""
-    number, out = args.number, args.out
-    if args.seed is not None and number != PLANT:
-        raise InputError(f"--seed {args.seed}: only exercise {PLANT} has a bug to choose")
-    if number is None:
-        if out:
-            raise InputError(f"--out {out}: expected the number of an exercise before it")
-        print_text(listed())
-        return
-    if number not in EXERCISES:
-        last = max(EXERCISES)
-        listing = "minstep exercise lists them"
-        raise InputError(f"exercise {number}: expected one of 0 to {last} ({listing})")
-    if out is None:
-        raise InputError(f"exercise {number}: expected --out DIR, a new folder to write it to")
-    if held := sorted(out.iterdir()) if out.is_dir() else []:
-        raise InputError(f"{out}: holds {held[0].name}, expected a new or empty folder")
-    files = stubs(number) if number != PLANT else bugged(args.seed or 0)
-    with atomic_folder(out) as folder:
-        write(number, files, folder)
-    wrote(out)
-    place = printable(str(out))
-    print_text(
-        f"{place}: {', '.join(map(file_of, files))}, a README and the checks",
-        f"now: pytest -m {mark(number)} {shlex.quote(place)}",
-    )
 
 
 def listed() -> str:
@@ -196,8 +151,8 @@ def without_bodies(text: str, names: Collection[str]) -> str:
 
 def write(number: int, files: dict[str, str], folder: Path) -> None:
     """Put the files of an exercise, its README and its checks into an empty folder."""
-    exercise, its = EXERCISES[number], {"number": number, "mark": mark(number)}
-    its["title"] = exercise.title
+    exercise = EXERCISES[number]
+    blanks = {"number": number, "mark": mark(number), "title": exercise.title}
     functions = (
         f"- {file_of(name)}: {', '.join(f'`{function}`' for function in names)}"
         for name, names in exercise.functions.items()
@@ -206,9 +161,9 @@ def write(number: int, files: dict[str, str], folder: Path) -> None:
     if exercise.functions:
         task = WRITE.format(functions="\n".join(functions))
     texts = {file_of(name): text for name, text in files.items()}
-    texts["README.md"] = README.format(task=task, **its)
-    texts[f"test_{mark(number)}.py"] = TEST.format(**its)
-    texts["pytest.ini"] = INI.format(**its)
+    texts["README.md"] = README.format(task=task, **blanks)
+    texts[f"test_{mark(number)}.py"] = TEST.format(**blanks)
+    texts["pytest.ini"] = INI.format(**blanks)
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
@@ -219,11 +174,11 @@ def solution(folder: Path) -> Find:
 
     Raises InputError where the folder has none, and SyntaxError for one that is not Python.
     """
-    held = {name: folder / file_of(name) for name in CHAIN if (folder / file_of(name)).is_file()}
-    if not held:
+    files = {name: folder / file_of(name) for name in CHAIN if (folder / file_of(name)).is_file()}
+    if not files:
         raise InputError(f"{folder}: has no file of an exercise, expected such as attention.py")
-    trees = {name: returning(file.read_text("utf-8"), str(file)) for name, file in held.items()}
-    return copies(trees, CHAIN, {name: str(file) for name, file in held.items()})
+    trees = {name: returning(file.read_text("utf-8"), str(file)) for name, file in files.items()}
+    return copies(trees, CHAIN, {name: str(file) for name, file in files.items()})
 
 
 def returning(text: str, file: str) -> ast.Module:
@@ -238,6 +193,6 @@ def returning(text: str, file: str) -> ast.Module:
             continue
         is_generator = any(isinstance(each, (ast.Yield, ast.YieldFrom)) for each in ast.walk(node))
         if not is_generator and "None" not in ast.unparse(node.returns):
-            said = f'raise NotImplementedError("{node.name} returned None")'
-            node.body += [ast.copy_location(ast.parse(said).body[0], node.body[-1])]
+            refusal = f'raise NotImplementedError("{node.name} returned None")'
+            node.body += [ast.copy_location(ast.parse(refusal).body[0], node.body[-1])]
     return ast.fix_missing_locations(tree)

@@ -4,7 +4,8 @@ Checked by: tests/learn/test_museum.py
 """
 
 import math
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher, get_close_matches
 from typing import Any, NamedTuple
 
@@ -13,20 +14,16 @@ from numpy.typing import DTypeLike
 from tokenizers import Tokenizer
 
 from minstep.errors import InputError
-from minstep.learn.damage import Damage, Patient
-from minstep.learn.exhibits import ANGLES, TIGHT, Exhibit
-from minstep.learn.exhibits_decoding import BESIDE
-from minstep.learn.exhibits_layer import LAYER
-from minstep.learn.offstage import RUNNERS
-from minstep.parity.copies import source
-from minstep.parity.known_bugs import EVERY, IN_DRAFTER, Footgun, planted
-from minstep.store.checkpoint import Checkpoint, open_checkpoint
-from minstep.store.config_file import find_config
-from minstep.text.tokenizer import load_tokenizer
+from minstep.learn.damage import RUNNERS, TIGHTER, Damage, Patient
+from minstep.learn.exhibits import EXHIBITS, TIGHT, Exhibit
+from minstep.parity.decoding_bugs import EVERY, IN_DRAFTER
+from minstep.parity.known_bugs import Footgun
+from minstep.parity.variants import planted, source
+from minstep.store.checkpoint import Checkpoint
 from minstep.train.data import encode_documents
 from minstep.train.documents import Document
 
-EXHIBITS = (*ANGLES, *LAYER, *BESIDE)
+WIDTH = 88  # of a text in a terminal
 PROMPT = 16  # tokens of a document that are continued
 # In the manner of Python's documentation, of things that are not there: nobody was trained on it.
 HELD_OUT = (
@@ -156,7 +153,7 @@ def measured(
         return report | {"happened": runner(tuple(ways(bug)[0] for bug in exhibit.bugs))}
     right = patient.unspoiled(exhibit.setting)
     report |= {"setting": exhibit.setting, "tokens": len(patient.tokens)}
-    report |= {"prompts": [_text(tokenizer, prompt) for prompt in patient.prompts]}
+    report |= {"prompts": [_decoded(tokenizer, prompt) for prompt in patient.prompts]}
     report |= {"as_it_is": _figures(right, tokenizer), "bugs": []}
     for done, bug in enumerate(exhibit.bugs, start=1):
         damage = patient.spoiled(ways(bug)[0], exhibit.setting)
@@ -169,24 +166,12 @@ def measured(
     return report
 
 
-def measured_all(progress: Callable[[int], None] = lambda done: None) -> list[dict[str, Any]]:
-    """What `measured` says of every exhibit and the shipped model, over one unspoiled run."""
-    folder = find_config("trained")
-    checkpoint, tokenizer = open_checkpoint(folder), load_tokenizer(folder)
-    assert tokenizer
-    its, reports = patient(checkpoint, tokenizer), list[dict[str, Any]]()
-    for exhibit in EXHIBITS:
-        reports.append(measured(exhibit, its, tokenizer))
-        progress(len(reports))
-    return reports
-
-
 def _figures(damage: Damage, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "perplexity": _number(damage.perplexity),
         "accepted": damage.accepted,
         "agreed": damage.agreed,
-        "texts": [_text(tokenizer, text) for text in damage.texts],
+        "texts": [_decoded(tokenizer, text) for text in damage.texts],
     }
 
 
@@ -195,5 +180,103 @@ def _number(x: float) -> float | None:
     return x if math.isfinite(x) else None
 
 
-def _text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+def _decoded(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     return str(tokenizer.decode(list(tokens)))
+
+
+def exhibit_text(exhibit: Exhibit) -> str:
+    """What `show` prints."""
+    lines = [f"{exhibit.name}: {exhibit.title}", "", *textwrap.wrap(exhibit.story, WIDTH)]
+    for bug in exhibit.bugs:
+        for n, footgun in enumerate(ways(bug)):
+            lines += ["", "or else" if n else bug]
+            for change in changes(footgun):
+                lines += [f"  {change.file}, line {change.line}"]
+                lines += [f"  {line}" for line in change.marked()]
+    if exhibit.met:
+        lines += ["", "met by"]
+    for met in exhibit.met:
+        lines += textwrap.wrap(met.what, WIDTH, initial_indent="  ", subsequent_indent="  ")
+        lines.append(f"    https://github.com/{met.place}")
+    return "\n".join([*lines, "", f"what it does: minstep footgun run {exhibit.name}"])
+
+
+def report_text(report: dict[str, Any]) -> str:
+    """What `run` prints."""
+    lines = [f"{report['name']}: {report['title']}"]
+    if "happened" in report:
+        return "\n".join([*lines, "", *report["happened"]])
+    right = report["as_it_is"]
+    lines.append(f"{report['tokens']} tokens of held-out text, {len(right['texts'])} prompts")
+    if report["setting"]:
+        lines.append(f"with {setting_text(report['setting'])}, in the right run too")
+    lines += ["", "as it is", f"  perplexity     {number(right['perplexity'])}"]
+    if right["agreed"]:
+        lines += [f"  drafts kept    {kept(right)} a pass"]
+        lines += [f"  as main model  {agreed(right)} of each depth's guesses in the text"]
+    lines += [f"  greedy text    {one_line(right['texts'][0])}"]
+    for bug in report["bugs"]:
+        lines += ["", bug["bug"], *_bug_lines(bug, right)]
+    return "\n".join(lines)
+
+
+def _bug_lines(bug: dict[str, Any], right: dict[str, Any]) -> Iterator[str]:
+    if bug["refused"]:
+        yield f"  refused        {bug['refused']}"
+    if not bug["texts"]:
+        return
+    if bug["refused"]:
+        yield "                 cut to that size it runs:"
+    yield f"  departs first  {departure(bug)}"
+    if not bug.get("departs_with_own_limits", True):
+        yield "                 with the model's own limits nothing departs in this text"
+    yield f"  perplexity     {number(right['perplexity'])} -> {number(bug['perplexity'])}"
+    if right["agreed"]:
+        yield f"  drafts kept    {kept(right)} -> {kept(bug)} a pass"
+        yield f"  as main model  {agreed(right)} -> {agreed(bug)}"
+    pairs = zip(right["texts"], bug["texts"], strict=True)
+    other = next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+    if other is None:
+        yield "  greedy text    the same for every prompt"
+    else:
+        yield f"  greedy text    {one_line(right['texts'][other])}"
+        yield f"              -> {one_line(bug['texts'][other])}"
+
+
+def setting_text(setting: str) -> str:
+    """A setting in words."""
+    return f"limits an {TIGHTER}th of the model's" if setting == TIGHT else setting
+
+
+def departure(bug: dict[str, Any]) -> str:
+    """The first tensor that departs, in words."""
+    if bug["tensor"] is None:
+        return "nowhere: every tensor is the same over the text"
+    return f"{bug['tensor']} at token {bug['token']}, {error(bug)}"
+
+
+def error(bug: dict[str, Any]) -> str:
+    """By how much the first tensor departs, of its largest value."""
+    share = bug["error"]
+    return "in its shape" if share is None else f"by {share:.{0 if share >= 0.1 else 1}%}"
+
+
+def number(x: float | None) -> str:
+    """A perplexity."""
+    return "not finite" if x is None else f"{x:,.2f}" if x < 1000 else f"{x:,.0f}"
+
+
+def kept(figures: dict[str, Any]) -> str:
+    """Drafts kept a pass; there are none where every text ends with its first token."""
+    return "none" if figures["accepted"] is None else f"{figures['accepted']:.2f}"
+
+
+def agreed(figures: dict[str, Any]) -> str:
+    """How often each depth guesses what the main model does."""
+    return ", ".join(f"{share:.0%}" for share in figures["agreed"])
+
+
+def one_line(text: str, most: int = 68) -> str:
+    """The beginning of a text, its white space made visible where it is more than a space."""
+    shown = repr(text)[1:-1]
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."

@@ -1,7 +1,7 @@
 """How a lesson is checked: a scene runs functions of the package, the reader's and the real ones.
 
 Both get the same small random inputs, and what they give is compared in the order in which it
-comes: so the first tensor that departs is told, and by how much. The last scenes are whole models.
+comes: so the first tensor that departs is named, with its error.
 Checked by: tests/learn/test_exercise.py
 """
 
@@ -15,8 +15,8 @@ from numpy.typing import DTypeLike
 from minstep.config import Config
 from minstep.errors import InputError
 from minstep.parity.compare import TOLERANCES, compare
-from minstep.parity.copies import Find, copies
 from minstep.parity.trace import Recorder, Trace
+from minstep.parity.variants import Find, copies
 from minstep.store.config_file import read_config
 from minstep.tap import Array
 from minstep.validation import flaw
@@ -26,7 +26,6 @@ Rng = np.random.Generator
 Shown = Iterator[tuple[str, Any]]  # what was computed, and the value
 Scene = Callable[[Find, Rng, DTypeLike], Shown]
 SLACK = 10  # times the tolerance of the same code: a solution may add up in another order
-CONFIGS = ("tiny", "odd", "no_extras")
 ROUNDED = (1e-9, 1e-5)  # between these lies what float32 makes of a float64 run
 
 
@@ -40,8 +39,8 @@ def departure(scene: Scene, find: Find) -> str | None:
         real, theirs = (scene(f, np.random.default_rng(0), dtype) for f in (copies({}, ()), find))
         try:
             for (what, expected), (_, got) in zip(real, theirs, strict=True):
-                if said := difference(what, expected, got, SLACK * TOLERANCES[name]):
-                    return f"{said} ({name})"
+                if found := difference(what, expected, got, SLACK * TOLERANCES[name]):
+                    return f"{found} ({name})"
         except NotImplementedError as error:
             return str(error)
     return None
@@ -69,7 +68,7 @@ def difference(what: str, expected: Any, got: Any, tolerance: float) -> str | No
     if members is None:
         same = type(got) is not np.ndarray and bool(got == expected)
         return None if same else f"{what} is {got!r:.200}, expected {expected!r:.200}"
-    return next((said for x in members if (said := difference(*x, tolerance))), None)
+    return next((found for x in members if (found := difference(*x, tolerance))), None)
 
 
 def _array_difference(what: str, expected: Array, got: Any, tolerance: float) -> str | None:
@@ -85,22 +84,22 @@ def _array_difference(what: str, expected: Array, got: Any, tolerance: float) ->
     if expected.dtype.kind != "f":
         place = tuple(int(n) for n in np.argwhere(got != expected)[0])
         return f"{what} has {got[place]} at {list(place)}, expected {expected[place]}"
-    if said := flaw(got):
-        return f"{what} {said}, expected finite numbers"
+    if fault := flaw(got):
+        return f"{what} {fault}, expected finite numbers"
     first = (c := compare("", expected, got, tolerance)).first
     if first is None:
         return None
-    its, right = told_apart(first.theirs, first.ours)
-    said = f"{what} is {its}, expected {right}"
+    wrong, right = distinct(first.theirs, first.ours)
+    message = f"{what} is {wrong}, expected {right}"
     if got.ndim:
-        at = f"first at {list(first.place)}: {its}, expected {right}"
-        said = f"{what} departs by {c.max_error:.1e} of its largest value, {at}"
+        at = f"first at {list(first.place)}: {wrong}, expected {right}"
+        message = f"{what} departs by {c.max_error:.1e} of its largest value, {at}"
     if expected.dtype == np.float64 and ROUNDED[0] < c.max_error < ROUNDED[1]:
-        said += "; about what float32 rounds: is a weight used in the dtype it is stored in?"
-    return said
+        message += "; about what float32 rounds: is a weight used in the dtype it is stored in?"
+    return message
 
 
-def told_apart(x: float, y: float) -> tuple[str, str]:
+def distinct(x: float, y: float) -> tuple[str, str]:
     """Two numbers that differ, with as few digits as show it, but six at least."""
     pairs = ((f"{x:.{digits}g}", f"{y:.{digits}g}") for digits in range(6, 18))
     return next(pair for pair in pairs if pair[0] != pair[1])
@@ -142,37 +141,3 @@ def shipped(name: str) -> Config:
 def floats(rng: Rng, shape: Shape, dtype: DTypeLike) -> Array:
     """Random numbers [shape]."""
     return rng.standard_normal(shape).astype(dtype)
-
-
-def every_tensor_of_whole_models(find: Find, rng: Rng, dtype: DTypeLike) -> Shown:
-    """Each configuration, parsed, with random weights: a prompt through all layers and depths."""
-    for name in CONFIGS:
-        raw, real, _ = read_config(name)
-        config = find("config").parse_config(raw)
-        yield f"{name}: config", config
-        weights = find("weights").assemble(config, drawn(rng))
-        tokens = rng.integers(real.vocab_size, size=21).tolist()  # longer than any window
-        trace: Trace = {}
-        hidden = find("model").decoder(tokens, weights, config, dtype, tap=(tap := Recorder(trace)))
-        logits = find("model").head(hidden, weights, config, tap)
-        yield name, trace
-        yield f"{name}: logits", logits
-        trace.clear()
-        drafts = find("mtp").mtp_forward(tokens, hidden, weights, config, tap)
-        yield name, trace
-        yield f"{name}: logits of the MTP depths", drafts
-
-
-def decoding_with_caches_and_drafts(find: Find, rng: Rng, dtype: DTypeLike) -> Shown:
-    """Greedy text in chunks and with drafts: which tokens come, and how many drafts are kept."""
-    for name, count in (("drafts", 20), ("odd", 6)):
-        config = find("config").parse_config(read_config(name)[0])
-        weights = find("weights").assemble(config, drawn(rng))
-        prompt = rng.integers(config.vocab_size, size=13).tolist()
-        options = {"max_tokens": count, "dtype": dtype, "chunk": 4, "ignore_eos": True}
-        steps = find("generate").steps(prompt, weights, config, rng, **options)
-        for n, step in enumerate(steps):
-            yield f"{name}: step {n}", step
-
-
-WHOLE: tuple[Scene, ...] = (every_tensor_of_whole_models, decoding_with_caches_and_drafts)

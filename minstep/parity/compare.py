@@ -1,15 +1,23 @@
-"""One pair of tensors -> how far they depart, and whether that is rounding.
+"""Pairs of tensors, in the model's order -> how far each departs, and whether that is rounding.
 
-Checked by: tests/parity/test_compare.py
+Checked by: tests/parity/test_compare.py, tests/parity/test_diff.py
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from minstep.errors import shown
+from minstep.parity.engine_tensors import Recording
+from minstep.parity.names import ENDS, is_weight
+from minstep.parity.router_ties import Choice, Mask, score_scale, too_many
 from minstep.store.stages import split
 from minstep.tap import Array
+from minstep.validation import NotFinite
 
 # By what an engine computed in: the largest error that is rounding, as a share of the tensor's
 # largest value.
@@ -19,6 +27,11 @@ WIDE = 32  # columns from which on the length of a row says something
 ROWS = 2.0  # times the tolerance: how far a row may be off, by its own length
 MASSIVE = 8.0  # times the median column: columns that would hide all others
 BY_ROW = ("self_attn.o_proj", "moe", "share_expert", "mlp", "")  # "": a layer's output
+
+AFTER_IDS = "moe.weights.unscaled moe.weights moe.unscaled moe mlp model.norm lm_head".split()
+AFTER_IDS += ENDS
+STARTS = ("model.embed_tokens", "model.layers.0.input_layernorm")  # nothing of the port is in them
+Judge = Callable[[int, float], Choice | None]
 
 
 class First(NamedTuple):
@@ -52,6 +65,12 @@ class Comparison(NamedTuple):
     def is_empty(self) -> bool:
         """Whether every row was left out, so that a match says nothing."""
         return self.left_out > 0 and 0 in self.shape
+
+    @property
+    def reason(self) -> str:
+        """Why it departs, in words."""
+        error = f"error {self.max_error:.1e} of the largest value, tolerance {self.tolerance:.2g}"
+        return self.note or error
 
 
 def compare(
@@ -147,3 +166,211 @@ def departing(name: str, ours: Array, theirs: Array, tolerance: float) -> Array:
     away = np.abs(x - y).max(axis=1, initial=0.0) > tolerance * (_largest(x) if x.size else 1.0)
     errors = row_errors(name, ours, theirs)
     return away if errors is None else away | (errors > ROWS * tolerance)
+
+
+def tolerance_of(*recordings: Recording) -> float:
+    """The tolerance for a comparison: that of the least precise engine."""
+    return max(TOLERANCES[recording.engine_dtype] for recording in recordings)
+
+
+class _Ties:
+    """Which rows of the layer at hand, and of those before it, a tie between experts has touched.
+
+    `tied`: rows of this layer; `lacks`: as in Choice.
+    """
+
+    def __init__(self) -> None:
+        self.tied = self._unsure = np.zeros(0, np.intp)
+        self.lacks = ""
+        self._end: int | None = None  # the first row that a tie in an earlier layer has touched
+
+    def enter(self, known: Choice | None) -> None:
+        """Begin the next layer."""
+        touched = [*self.tied.tolist(), *([] if self._end is None else [self._end])]
+        self._end = min(touched, default=None)
+        none = np.zeros(0, np.intp)
+        self.tied = np.flatnonzero(known.tied) if known else none
+        self._unsure = np.flatnonzero(known.unsure) if known else none
+        self.lacks = known.lacks if known else ""
+
+    def kept(self, rows: NDArray[np.integer]) -> Mask:
+        """Which rows no tie in an earlier layer has touched."""
+        return np.ones(len(rows), bool) if self._end is None else rows < self._end
+
+    def kept_after(
+        self, is_kept: Mask, rows: NDArray[np.integer], departs: Callable[[], Mask]
+    ) -> Mask:
+        """Which of these are left behind the router: a row that departs where nobody recorded its
+        experts is a tie too, unless too many are.
+        """
+        is_kept = is_kept & ~np.isin(rows, self.tied)
+        guessed = is_kept & np.isin(rows, self._unsure)
+        if guessed.any():
+            guessed &= departs()
+        if not too_many(guessed):
+            is_kept &= ~guessed
+            self.tied = np.union1d(self.tied, rows[guessed])
+        return is_kept
+
+
+def compare_all(
+    ours: Recording,
+    theirs: Recording,
+    names: Iterable[str],
+    tolerance: float,
+    mtp: Collection[int] = (),
+    grows: bool = False,
+    judge: Judge = lambda n, tolerance: None,
+) -> Iterator[Comparison]:
+    """Compare tensors of one forward pass that both can give, one pair in memory at a time.
+
+    `names` in the model's order; `mtp`: numbers of the MTP layers, which may have more rows than
+    their depth leaves of the prompt: those that only one recording has do not count. `judge`: what
+    is known of the experts of a layer, by its number and tolerance. Where a tie between experts
+    fell otherwise, the token's row is left out of what follows in its layer, and so is a row that
+    departs where nobody recorded its experts; after that layer every row from that token on. With
+    `grows` the tolerance is for one layer, and what n layers compute has sqrt(n) of it: rounding
+    errors that do not know of each other add up like that. What is not finite in theirs departs.
+    """
+    one, passed = tolerance, 1  # layers
+    layer, ties = None, _Ties()
+    depths = {n: n - min(mtp) + 1 for n in mtp}
+    for name in names:
+        at, part = split(name)
+        if at != layer:
+            layer, passed = at, passed + 1 if at is None else at + 1
+            tolerance = one * passed**0.5 if grows else one
+            if at is not None:  # what follows the last layer looks at no other row
+                ties.enter(judge(at, tolerance))
+        a = ours.array(name)
+        try:
+            b = theirs.array(name)
+        except NotFinite as error:
+            nan = Comparison(name, a.shape, np.inf, np.inf, 0.0, None, False, tolerance)
+            yield nan._replace(note=error.what)
+            continue
+        depth = None if at is None else depths.get(at)
+        least = None if depth is None else max(1, (theirs.rows or ours.rows or 0) - depth)
+        a, b = _common_rows(name, a, b, least)
+        same = fitted(b, a.shape)
+        if same is None or is_weight(name) or not a.ndim:
+            yield compare(name, a, b, tolerance)
+            continue
+        axis = 1 if part.endswith(".probs") else 0
+        first = (theirs.rows or 1) - 1 if name == "lm_head" and len(a) == 1 else 0
+        rows = np.arange(first, first + a.shape[axis])  # [rows]
+        is_kept = ties.kept(rows)
+        if part in AFTER_IDS:
+            is_kept = ties.kept_after(is_kept, rows, partial(departing, name, a, same, tolerance))
+        left_out = int((~is_kept).sum())
+        if left_out:
+            a, same, rows = a.compress(is_kept, axis), same.compress(is_kept, axis), rows[is_kept]
+        if part == "moe.margin":
+            gate = ours.if_any(name.replace("margin", "gate"), 2)
+            c = compare(name, a, same, tolerance, score_scale(gate))
+        elif part == "moe.ids":
+            c = _compare_choice(name, a, same, np.isin(rows, ties.tied), tolerance, ties.lacks)
+        else:
+            c = _by_row(compare(name, a, same, tolerance), a, same, rows)
+            if part in AFTER_IDS and ties.lacks and not ties.tied.size and not c.is_match:
+                c = c._replace(note=f"{c.reason}, perhaps after a tie ({ties.lacks})")
+        if c.first is not None:
+            place = list(c.first.place)
+            place[axis] = int(rows[place[axis]])
+            c = c._replace(first=c.first._replace(place=tuple(place)))
+        yield c._replace(left_out=c.left_out + left_out)
+
+
+def _by_row(c: Comparison, a: Array, b: Array, rows: NDArray[np.integer]) -> Comparison:
+    """The comparison, and what it says of the first row that is off by its own length."""
+    errors = row_errors(c.name, a, b) if c.is_match else None
+    limit = ROWS * c.tolerance
+    if errors is None or errors.max() <= limit:
+        return c
+    n = int(np.argmax(errors > limit))
+    note = f"row {rows[n]}: error {errors[n]:.1e} of its own length, tolerance {limit:.2g}"
+    return c._replace(is_match=False, note=note)
+
+
+def _compare_choice(
+    name: str, a: Array, b: Array, tied: Mask, tolerance: float, lacks: str
+) -> Comparison:
+    """Compare the experts [T, A] that the routers chose, but those of rows that are ties.
+
+    `lacks`: what is missing to tell a tie from a wrong router; then no row is known to be one.
+    """
+    c = compare(name, a, b, tolerance)
+    if a.ndim != 2 or c.is_match:
+        return c
+    a, b = np.sort(a, axis=-1), np.sort(b, axis=-1)
+    is_wrong = (a != b) & ~(tied & (not lacks))[:, None]  # [T, A]
+    if not is_wrong.any():
+        return c._replace(first=None, is_match=True, left_out=int(tied.sum()))
+    count = int(is_wrong.any(axis=-1).sum())
+    note = f"{count} of {len(a)} tokens have other experts"
+    if lacks:
+        note += f", at a tie or by a wrong router ({lacks})"
+    else:
+        note = f"wrong router: {note}, not at a tie"
+    t, n = (int(i) for i in np.argwhere(is_wrong)[0])
+    return c._replace(first=First((t, n), int(a[t, n]), int(b[t, n])), note=note)
+
+
+def _common_rows(name: str, a: Array, b: Array, least: int | None) -> tuple[Array, Array]:
+    """Both without rows that only one has: the last of an MTP layer, all but the last of logits.
+
+    `least`: the rows that an MTP layer must have in both; None in a main layer.
+    """
+    if not a.ndim or not b.ndim or is_weight(name):
+        return a, b
+    if name == "lm_head" and 1 in (len(a), len(b)):  # engines that only want the next token
+        return a[-1:], b[-1:]
+    are_probs = name.endswith(".probs") and a.ndim == b.ndim == 3
+    rows = min(a.shape[2], b.shape[2]) if are_probs else min(len(a), len(b))
+    if least is None or rows < least:
+        return a, b
+    return (a[:, :rows, :rows], b[:, :rows, :rows]) if are_probs else (a[:rows], b[:rows])
+
+
+def comparison_table(rows: Sequence[Comparison]) -> str:
+    """One line for each tensor: name, shape, errors, cosine, verdict."""
+    names = [shown(row.name) for row in rows]
+    width = max(map(len, names))
+    shapes = [str(list(row.shape)) for row in rows]
+    wide = max(map(len, shapes))
+    lines = [f"{'tensor':{width}}  {'shape':{wide}}  max error  mean error    cosine  verdict"]
+    for row, name, shape in zip(rows, names, shapes, strict=True):
+        verdict = "not compared" if row.is_empty else "ok" if row.is_match else "departs"
+        if row.left_out:
+            verdict += f", {row.left_out} rows left out"
+        figures = f"{row.max_error:9.1e}  {row.mean_error:10.1e}  {row.cosine:8.6f}"
+        if row.is_empty:
+            figures = f"{'-':>9}  {'-':>10}  {'-':>8}"
+        lines.append(f"{name:{width}}  {shape:{wide}}  {figures}  {verdict}")
+    return "\n".join(lines)
+
+
+def describe(row: Comparison) -> str:
+    """One line on a tensor that departs: its name, the error and the first element."""
+    line = f"{shown(row.name)}: {row.reason}"
+    if row.first is not None:
+        place, ours, theirs = row.first
+        line += f", first at {list(place)}: {ours:.6g} against {theirs:.6g}"
+    return line + (": perhaps another prompt or other weights" if row.name in STARTS else "")
+
+
+def row_json(row: Comparison) -> dict[str, Any]:
+    """One comparison as a JSON object."""
+    errors = {"max_error": row.max_error, "mean_error": row.mean_error}
+    return {
+        "name": row.name,
+        "shape": list(row.shape),
+        **{key: x if math.isfinite(x) else None for key, x in errors.items()},
+        "cosine": row.cosine,
+        "match": row.is_match,
+        "compared": not row.is_empty,
+        "tolerance": row.tolerance,
+        "first": row.first and dict(zip(("index", "ours", "theirs"), row.first, strict=True)),
+        "left_out": row.left_out,
+        "note": row.note,
+    }

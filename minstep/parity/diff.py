@@ -3,24 +3,34 @@
 Checked by: tests/parity/test_diff.py
 """
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minstep.config import Config
 from minstep.errors import InputError, shown
-from minstep.parity.compare import Comparison
-from minstep.parity.facts import common_beginning, depths
+from minstep.moe import MoEWeights
+from minstep.parity.compare import (
+    Comparison,
+    compare_all,
+    comparison_table,
+    describe,
+    row_json,
+    tolerance_of,
+)
+from minstep.parity.engine_tensors import Recording, align, check_forms, check_model
+from minstep.parity.facts import common_part
 from minstep.parity.names import mtp_layers
-from minstep.parity.pairs import align, compare_all, tolerance_of
-from minstep.parity.recording import Recording, check_forms
-from minstep.parity.router_ties import Choice, Routers, recorded_choice
+from minstep.parity.router_ties import Choice, Choose, are_experts, choice, chooser
+from minstep.store.checkpoint import open_checkpoint
 from minstep.store.stages import split
 
-STARTS = ("model.embed_tokens", "model.layers.0.input_layernorm")  # nothing of the port is in them
+Routers = Callable[[int], Choose | None]
+NO_ROUTER = "give --model DIR, whose router bias decides"
+NO_LOGITS = "record moe.gate, which decides"
 
 
 class Report(NamedTuple):
@@ -43,7 +53,7 @@ class Report(NamedTuple):
         return first_departure(self.rows)
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what is not finite is told by name
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused by name
 def diff(
     ours: Recording,
     theirs: Recording,
@@ -55,31 +65,27 @@ def diff(
     """Compare all that two recordings of one prompt have in common; ours is the reference.
 
     Where a model has continued it differently in each, only the tokens before that are looked at.
-
     `tolerance`: for every tensor, in place of that of the less precise engine, which grows from
     layer to layer where the engine has 16 bits. `config`: of the model, for what the recordings do
-    not say. `globs`: our names to look at. `routers`: of the model, where experts
-    differ. A tensor of another size departs; one that cannot be what its name says is refused.
-    Raises InputError for recordings of other prompts or of another model, with nothing in common,
-    or ours with values not finite, and as check_forms does.
+    not say; `routers`: of the model, for where experts differ. `globs`: our names to look at. A
+    tensor of another size departs; one that cannot be what its name says is refused. Raises
+    InputError for recordings of other prompts or of another model, with nothing in common, or ours
+    with values not finite, and as check_forms does.
     """
     if config is not None:
         check_model(ours, config)
         check_model(theirs, config)
     check_forms((ours, theirs), config)
-    shared = common_beginning(ours, theirs)
-    if shared is not None:
-        deep = depths(ours, theirs, config)
-        ours, theirs = ours.beginning(shared, deep), theirs.beginning(shared, deep)
+    ours, theirs, shared = common_part(ours, theirs, config)
     is_short = {ours.engine_dtype, theirs.engine_dtype} & {"bfloat16", "float16"}
     grows = tolerance is None and bool(is_short)
     tolerance = tolerance_of(ours, theirs) if tolerance is None else tolerance
-    held = ours.names, theirs.names
+    all_ours, all_theirs = ours.names, theirs.names
     names = _matching(align(ours, theirs, config), globs)
     if not names:
         kind = f" whose name matches {' or '.join(globs)}" if globs else ""
-        said = f"{ours.path} has {_such(held[0])}, {theirs.path} {_such(held[1])}"
-        raise InputError(f"no tensor in common{kind}: {said}")
+        both = f"{ours.path} has {_such(all_ours)}, {theirs.path} {_such(all_theirs)}"
+        raise InputError(f"no tensor in common{kind}: {both}")
     mtp = mtp_layers((*ours.forms, *theirs.forms), config)
 
     def judge(n: int, tolerance: float) -> Choice | None:
@@ -93,10 +99,55 @@ def diff(
         theirs,
         tolerance,
         rows,
-        _unused(ours, _matching(held[0], globs), used),
-        _unused(theirs, _matching(held[1], globs), used_by_them),
+        _unused(ours, _matching(all_ours, globs), used),
+        _unused(theirs, _matching(all_theirs, globs), used_by_them),
         shared,
     )
+
+
+def routers_of(folder: Path) -> Routers:
+    """Each layer's router; None where it has none, or its bias is not in the folder."""
+    try:
+        checkpoint = open_checkpoint(folder)
+    except InputError:  # a config alone
+        return lambda n: None
+    config = checkpoint.config
+    specs = (*config.layers, *config.mtp_layers)
+
+    def router(n: int) -> Choose | None:
+        spec, bias = specs[n].moe, f"{specs[n].name}.moe.router_bias"
+        if spec is None or (spec.has_bias and bias not in checkpoint.tensors):
+            return None
+        none: Any = np.empty(0)
+        router_bias = checkpoint.get(bias, (spec.experts,)) if spec.has_bias else None
+        return chooser(MoEWeights(none, router_bias, none, none, none), spec)
+
+    return router
+
+
+def recorded_choice(
+    n: int, ours: Recording, theirs: Recording, tolerance: float, choose: Choose | None
+) -> Choice | None:
+    """What two recordings tell of the experts of layer n; None where ours has none.
+
+    `choose`: the layer's router, where its bias is known.
+    """
+    at = f"model.layers.{n}.moe"
+    ids, chosen = (r.if_any(f"{at}.ids", 2) for r in (ours, theirs))
+    gate, other = (r.if_any(f"{at}.gate", 2) for r in (ours, theirs))
+    if ids is None or (chosen is not None and not are_experts(chosen, ids.shape[1], gate)):
+        return None
+    if gate is None or (other is not None and other.shape[1] != gate.shape[1]):
+        other = None  # without ours, theirs say nothing
+    T = min(len(x) for x in (ids, chosen, gate, other) if x is not None)
+    chosen, gate, other = (x if x is None else x[:T] for x in (chosen, gate, other))
+    ids = np.sort(ids[:T], axis=-1)
+    if choose is not None and gate is not None:
+        return choice(choose, ids, gate, other, chosen, tolerance)
+    other_ids = ids if chosen is None else np.sort(chosen, axis=-1)
+    differs, none = (other_ids != ids).any(axis=-1), np.zeros(T, bool)
+    lacks = NO_ROUTER if choose is None else NO_LOGITS
+    return Choice(ids, differs, none, lacks if chosen is None or differs.any() else "")
 
 
 def first_departure(rows: Iterable[Comparison]) -> Comparison | None:
@@ -110,20 +161,6 @@ def layer_of(report: Report, config: Config) -> int:
     layer = split(name)[0]
     first_or_last = 0 if name == "model.embed_tokens" else len(config.layers) - 1
     return first_or_last if layer is None else layer
-
-
-def check_model(recording: Recording, config: Config) -> None:
-    """Raise InputError where a recording has layers or widths that the config does not."""
-    count = len(config.layers) + len(config.mtp_layers)
-    for name in recording.names:
-        layer, part = split(name)
-        where = f"{recording.path}: tensor {shown(recording.source(name))}"
-        if layer is not None and layer >= count:
-            raise InputError(f"{where}: expected layers 0 to {count - 1}: it is of another model")
-        if part == "input_layernorm" and recording.shape(name)[-1:] != (config.hidden_size,):
-            found, D = list(recording.shape(name)), config.hidden_size
-            message = f"expected [positions, {D}]: it is of another model"
-            raise InputError(f"{where} has shape {found}, {message}")
 
 
 def _matching(names: Iterable[str], globs: Sequence[str]) -> list[str]:
@@ -141,21 +178,8 @@ def _such(names: Sequence[str]) -> str:
 
 
 def diff_table(report: Report) -> str:
-    """One line for each tensor: name, shape, errors, cosine, verdict."""
-    names = [shown(row.name) for row in report.rows]
-    width = max(map(len, names))
-    shapes = [str(list(row.shape)) for row in report.rows]
-    wide = max(map(len, shapes))
-    lines = [f"{'tensor':{width}}  {'shape':{wide}}  max error  mean error    cosine  verdict"]
-    for row, name, shape in zip(report.rows, names, shapes, strict=True):
-        verdict = "not compared" if row.is_empty else "ok" if row.is_match else "departs"
-        if row.left_out:
-            verdict += f", {row.left_out} rows left out"
-        figures = f"{row.max_error:9.1e}  {row.mean_error:10.1e}  {row.cosine:8.6f}"
-        if row.is_empty:
-            figures = f"{'-':>9}  {'-':>10}  {'-':>8}"
-        lines.append(f"{name:{width}}  {shape:{wide}}  {figures}  {verdict}")
-    return "\n".join([*lines, *_unmatched(report)])
+    """A line for each tensor, and how much could not be compared."""
+    return "\n".join([comparison_table(report.rows), *_unmatched(report)])
 
 
 def _unmatched(report: Report) -> list[str]:
@@ -195,18 +219,8 @@ def _not_compared(report: Report) -> str:
     return f"{after}: use check-layer for these"
 
 
-def describe(row: Comparison) -> str:
-    """One line on a tensor that departs: its name, the error and the first element."""
-    said = f"error {row.max_error:.1e} of the largest value, tolerance {row.tolerance:.2g}"
-    line = f"{shown(row.name)}: {row.note or said}"
-    if row.first is not None:
-        place, ours, theirs = row.first
-        line += f", first at {list(place)}: {ours:.6g} against {theirs:.6g}"
-    return line + (": perhaps another prompt or other weights" if row.name in STARTS else "")
-
-
 def as_json(report: Report) -> dict[str, Any]:
-    """The report as JSON holds it; an error that is not a number, as of other shapes, is null."""
+    """The report as a JSON object; an error that is not a number, as of other shapes, is null."""
     first = report.departure
     return {
         "match": first is None,
@@ -219,21 +233,4 @@ def as_json(report: Report) -> dict[str, Any]:
         "only_ours": report.only_ours,
         "only_theirs": report.only_theirs,
         "shared_tokens": report.shared,
-    }
-
-
-def row_json(row: Comparison) -> dict[str, Any]:
-    """One comparison as JSON holds it."""
-    errors = {"max_error": row.max_error, "mean_error": row.mean_error}
-    return {
-        "name": row.name,
-        "shape": list(row.shape),
-        **{key: x if math.isfinite(x) else None for key, x in errors.items()},
-        "cosine": row.cosine,
-        "match": row.is_match,
-        "compared": not row.is_empty,
-        "tolerance": row.tolerance,
-        "first": row.first and dict(zip(("index", "ours", "theirs"), row.first, strict=True)),
-        "left_out": row.left_out,
-        "note": row.note,
     }

@@ -4,19 +4,14 @@ Checked by: tests/explore/test_view.py, tests/parity/test_diff.py
 """
 
 import json
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
-
-from tokenizers import Tokenizer
 
 from minstep.config import FULL, SLIDING, Config
 from minstep.errors import InputError
+from minstep.parity.engine_tensors import Recording
 from minstep.parity.names import mtp_depths
-from minstep.parity.recording import Recording
 from minstep.store.stages import split
-from minstep.text.continuation import Pass
-from minstep.text.tokenizer import text_of
 
 
 class LayerFacts(NamedTuple):
@@ -38,12 +33,13 @@ class Facts(NamedTuple):
     """What the metadata says, None for what it does not.
 
     `layers`: main, then MTP layers; `pieces`: the text of tokens and drafts by their ids; `passes`:
-    those that gave the end of the text, the prompt's own first.
+    those that gave the end of the text, the prompt's own first, each with the fields of a
+    text.continuation.Pass.
     """
 
     layers: list[LayerFacts] | None = None
     pieces: dict[int, str] | None = None
-    passes: list[Pass] | None = None
+    passes: list[dict[str, Any]] | None = None
 
 
 def layer_facts(config: Config) -> list[LayerFacts]:
@@ -57,19 +53,13 @@ def layer_facts(config: Config) -> list[LayerFacts]:
     ]
 
 
-def piece(tokenizer: Tokenizer | None, token: int) -> str:
-    """A token's text, or its number in ⟨⟩ where it has none."""
-    return text_of(tokenizer, token) or f"⟨{token}⟩"
-
-
 def metadata(
-    config: Config, tokenizer: Tokenizer | None, tokens: Sequence[int], passes: Sequence[Pass]
+    config: Config, pieces: Mapping[int, str] | None = None, passes: Sequence[Any] = ()
 ) -> dict[str, str]:
     """The facts as metadata. No `pieces` without a tokenizer, no `passes` where there were none."""
     facts = {"layers": json.dumps([each._asdict() for each in layer_facts(config)])}
-    if tokenizer:
-        ids = sorted({*tokens, *(draft for each in passes for draft in each.drafts)})
-        facts["pieces"] = json.dumps({token: piece(tokenizer, token) for token in ids})
+    if pieces is not None:
+        facts["pieces"] = json.dumps(pieces)
     if passes:
         facts["passes"] = json.dumps([each._asdict() for each in passes])
     return facts
@@ -88,15 +78,17 @@ def read_facts(recording: Recording) -> Facts:
             message = f"metadata {key} is {found[key]!r:.80}, expected {expected}"
             raise InputError(f"{recording.path}: {message}") from None
 
-    def passes(entries: list[dict[str, Any]]) -> list[Pass]:
-        read = [Pass(**entry) for entry in entries]
-        for before, drafts, accepted, new in read:
-            _require(all(type(n) is int and n >= 0 for n in (before, accepted, new, *drafts)))
-            _require(accepted <= len(drafts) and new <= accepted + 1)
-        starts = [0, *accumulate(each.new for each in read)][: len(read)]
-        _require([each.before for each in read] == starts)
-        _require(sum(each.new for each in read) < max(count, 1))
-        return read
+    def passes(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        reached = 0  # tokens
+        for entry in entries:
+            _require(entry.keys() == {"before", "drafts", "accepted", "new"})
+            numbers = [entry["before"], entry["accepted"], entry["new"], *entry["drafts"]]
+            _require(all(type(n) is int and n >= 0 for n in numbers))
+            _require(entry["accepted"] <= len(entry["drafts"]))
+            _require(entry["new"] <= entry["accepted"] + 1 and entry["before"] == reached)
+            reached += entry["new"]
+        _require(reached < max(count, 1))
+        return entries
 
     return Facts(
         parsed("layers", "a JSON list of layers, as trace writes it", _layers),
@@ -105,12 +97,27 @@ def read_facts(recording: Recording) -> Facts:
     )
 
 
-def common_beginning(ours: Recording, theirs: Recording) -> int | None:
-    """How many tokens two recordings share that continue one prompt differently, else None.
+def common_part(
+    ours: Recording, theirs: Recording, config: Config | None
+) -> tuple[Recording, Recording, int | None]:
+    """Two recordings of one prompt as far as they have the same tokens, and how many these are.
 
+    None where one prompt was continued alike, or not at all: then all of both is the same text.
     Raises InputError where they were recorded from different prompts, or nothing tells whether
     they were.
     """
+    shared = _common_beginning(ours, theirs)
+    if shared is None:
+        return ours, theirs, None
+    depths = mtp_depths((*ours.forms, *theirs.forms), config)
+    for each in () if config else (ours, theirs):
+        numbered = ((split(facts.name)[0], facts) for facts in read_facts(each).layers or ())
+        depths |= {n: facts.depth for n, facts in numbered if n is not None and facts.depth}
+    return ours.beginning(shared, depths), theirs.beginning(shared, depths), shared
+
+
+def _common_beginning(ours: Recording, theirs: Recording) -> int | None:
+    """How many tokens two recordings share that continue one prompt differently, else None."""
     a, b, another = ours.tokens, theirs.tokens, f"{theirs.path}: was recorded from another prompt"
     if a is None or b is None or a == b:
         if None not in (ours.rows, theirs.rows) and ours.rows != theirs.rows:
@@ -136,16 +143,7 @@ def _prompt_length(recording: Recording) -> int | None:
     passes = read_facts(recording).passes
     if passes is None and recording.metadata.get("format") != "minstep-trace":
         return None
-    return len(recording.tokens or ()) - sum(each.new for each in passes or ())
-
-
-def depths(ours: Recording, theirs: Recording, config: Config | None) -> dict[int, int]:
-    """The depth of each MTP layer by its number, as the config, the facts or the names say it."""
-    found = mtp_depths((*ours.forms, *theirs.forms), config)
-    for each in () if config else (ours, theirs):
-        numbered = ((split(facts.name)[0], facts) for facts in read_facts(each).layers or ())
-        found |= {n: facts.depth for n, facts in numbered if n is not None and facts.depth}
-    return found
+    return len(recording.tokens or ()) - sum(each["new"] for each in passes or ())
 
 
 def _layers(entries: list[dict[str, Any]]) -> list[LayerFacts]:

@@ -1,23 +1,12 @@
-"""Bugs that ports of this model have had, as changes of a line of the real code, and how to run it.
+"""Bugs that ports of this model have had, as changes of a line of the real code.
 
 Each is worded to follow "looks like:". One bug may stand several times, once for each way that a
 port has it, where recorded tensors differ. Those of loading files and of decoding, which no layer
-can show, have a table of their own.
+can show, are in decoding_bugs.py.
 Checked by: tests/parity/test_known_bugs.py, tests/parity/test_mutations.py
 """
 
-from functools import cache
-from types import ModuleType
 from typing import NamedTuple
-
-from minstep.errors import InputError
-from minstep.parity.copies import copies, source
-
-# The files that compute a layer, decode, load and read text, in the order of their imports.
-CHAIN = (
-    "config store.config_file norm rope cache attention mlp moe model sampling mtp generate weights "
-    "store.checkpoint text.reply"
-).split()
 
 
 class Footgun(NamedTuple):
@@ -32,48 +21,6 @@ class Footgun(NamedTuple):
     def file(self) -> str:
         """Where the line stands, such as minstep/moe.py."""
         return f"minstep/{self.module.replace('.', '/')}.py"
-
-
-class Variant(NamedTuple):
-    """The modules that one runs a model with: the real ones, or copies that share a bug."""
-
-    config_file: ModuleType
-    moe: ModuleType
-    model: ModuleType
-    mtp: ModuleType
-    generate: ModuleType
-    weights: ModuleType
-    checkpoint: ModuleType
-    reply: ModuleType
-
-
-@cache
-def variant(footgun: Footgun | None = None) -> Variant:
-    """The package's own modules, or with a footgun private copies of those that it reaches.
-
-    Raises InputError as `planted` does.
-    """
-    find = copies({footgun.module: planted(footgun)} if footgun else {}, CHAIN)
-    modules = "store.config_file moe model mtp generate weights store.checkpoint text.reply".split()
-    return Variant(*map(find, modules))
-
-
-def planted(footgun: Footgun) -> str:
-    """The text of the file of a footgun with the bug in it.
-
-    Raises InputError unless the fragment stands in its file exactly once.
-    """
-    text = source(footgun.module)
-    if (count := text.count(footgun.right)) != 1:
-        message = f"the line that the bug '{footgun.bug}' changes stands there {count} times"
-        advice = "expected once: undo the edit to plant it"
-        raise InputError(f"{footgun.file}: {message}, {advice}")
-    return text.replace(footgun.right, footgun.wrong)
-
-
-def is_plantable(footgun: Footgun) -> bool:
-    """Whether `planted` can plant it: nobody has edited its line."""
-    return source(footgun.module).count(footgun.right) == 1
 
 
 QK_NORM = """\
@@ -191,34 +138,4 @@ FOOTGUNS = {
         Footgun("MTP depth fed the token before", "mtp", "tokens[k:],", "tokens[k - 1 : T - 1],"),
     ),
 }  # fmt: skip
-# Bugs that no layer can show: of files, of text, and of decoding.
-UNSEEN = {
-    "shards": (
-        Footgun("shards found by a pattern with -of-", "store.checkpoint", "return weight_map", 'return {n: s for n, s in weight_map.items() if "-of-" in s}'),
-    ),
-    "moe_layers_enum": (
-        Footgun("layer numbers read as characters", "config", 'listed.split(",")', 'listed.replace(",", "")'),
-        Footgun("layer numbers compared with characters", "config", "moe if n in moe_layers", 'moe if n in list(keys.raw["moe_layers_enum"])'),
-    ),
-    "tool calls": (
-        Footgun("rest of a piece of text dropped behind a call", "text.reply", "self._at = end if end >= 0 else len(self._text)", "self._at = len(self._text)"),
-    ),
-    "decoding": (
-        Footgun("drafts kept unchecked", "sampling", "if rng.random() >= chance:", "if False:"),
-        Footgun("end token looked for in the last place only", "generate", "enumerate(new, start=1) if token in ends", "enumerate(new, start=1) if n == len(new) and token in ends"),
-        Footgun("rejected drafts left in the cache", "generate", "cache.truncate(len(tokens) + accepted)", "pass"),
-        Footgun("rows computed from drafts never computed again", "mtp", "self._settle(len(tokens) - self.count - self.first)", "self._settle(len(tokens) - 1 - self.first)"),
-    ),
-}  # fmt: skip
-# Where a bug of mtp_forward needs another line to be in the Drafter too, which decodes: by bug.
-IN_DRAFTER = {
-    footgun.bug: footgun
-    for footgun in (
-        Footgun("hidden passed between MTP depths after the norm", "mtp", "x, layer,", "rms_norm(x, self.weights.norm if k == 1 else self.weights.mtp[k - 2].shared_head_norm, eps), layer,"),
-        Footgun("main model's state fed to every MTP depth", "mtp", "x, layer,", "self.states[: len(x)], layer,"),
-        Footgun("norm before an MTP head applied twice", "mtp", "mtp_head(x[-1:],", "mtp_head(rms_norm(x[-1:], self.weights.mtp[k - 1].shared_head_norm, self.config.rms_norm_eps),"),
-        Footgun("MTP depth fed the token before", "mtp", "text[self.first + k :]", "text[self.first + k - 1 : -1]"),
-    )
-}  # fmt: skip
-ALL = [footgun for row in FOOTGUNS.values() for footgun in row]  # those that a layer can show
-EVERY = [*ALL, *(footgun for row in UNSEEN.values() for footgun in row)]
+ALL = [footgun for row in FOOTGUNS.values() for footgun in row]

@@ -9,13 +9,12 @@ from numpy.typing import DTypeLike
 
 from minstep.config import Config
 from minstep.errors import InputError
-from minstep.generate import check_prompt
 from minstep.model import ModelWeights, decoder, head, run_layers
 from minstep.mtp import mtp_forward
-from minstep.store.header import Data, write_tensors
+from minstep.store.output import Data, write_tensors
 from minstep.store.stages import HEAD
 from minstep.tap import Array, ScopedTap, Tap
-from minstep.validation import flaw
+from minstep.validation import check_prompt, flaw
 
 Trace = dict[str, Array]
 MOST_PROBS = 1 << 26  # attention probabilities kept of every layer: 256 MB in float32

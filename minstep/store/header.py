@@ -1,4 +1,4 @@
-"""Safetensors files: which tensors one holds and where each one lies, and how one is written.
+"""Safetensors files: which tensors one holds, and where each one lies.
 
 A safetensors file is 8 bytes (little-endian length of the header), a JSON header that gives each
 tensor's dtype, shape and [begin, end) offsets, then the tensors' bytes without gaps.
@@ -12,21 +12,17 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
-
-import numpy as np
 
 from minstep.errors import InputError, shown
 from minstep.fast.pages import Map, Pages
 from minstep.store.files import open_file, os_reason
 from minstep.store.json_file import unique
-from minstep.tap import Array
 
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
 BYTES |= {"U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1}
-CODES = {"float32": "F32", "float64": "F64", "int64": "I64"}  # of the dtypes that arrays have
 KEYS = {"dtype", "shape", "data_offsets"}  # of a tensor's entry
 LFS = b"version "  # how the text begins that a clone without Git LFS has in a file's place
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
@@ -256,50 +252,3 @@ def _span(file: Path, name: str, entry: Any) -> tuple[int, int]:
         message = f"expected {expected} bytes for {dtype} {shape}"
         raise InputError(f"{where} has data_offsets {offsets!r:.80}, {message}")
     return offsets[0], offsets[1]
-
-
-def laid_out(
-    tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]
-) -> tuple[bytes, dict[str, int]]:
-    """How a new file begins, and where in it each tensor lies, widest dtypes first.
-
-    `tensors`: dtype code and shape by name. Returns all bytes before the first tensor, and the
-    first byte of each tensor in the order of the file. So laid out, every tensor is aligned.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    reached = 0
-    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -BYTES[item[1][0]]):
-        end = reached + math.prod(shape) * BYTES[dtype]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [reached, end]}
-        reached = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    del header["__metadata__"]
-    data = 8 + len(text)
-    places = {name: data + entry["data_offsets"][0] for name, entry in header.items()}
-    return len(text).to_bytes(8, "little") + text, places
-
-
-class Data(NamedTuple):
-    """A tensor to be written: its dtype code, its shape, and its bytes piece by piece."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    pieces: Iterable[Any]
-
-    @classmethod
-    def of(cls, x: Array) -> "Data":
-        """An array of a dtype that activations have."""
-        return cls(CODES[x.dtype.name], x.shape, [np.ascontiguousarray(x).data])
-
-
-def write_tensors(file: Path, tensors: dict[str, Data], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, a piece at a time. Wider dtypes lie first: all are aligned.
-
-    The package's own writer wants a whole file in memory. Raises OSError.
-    """
-    start, places = laid_out({name: x[:2] for name, x in tensors.items()}, metadata)
-    with file.open("wb") as opened:
-        opened.write(start)
-        for name in places:
-            opened.writelines(tensors[name].pieces)

@@ -11,8 +11,16 @@ from minstep.errors import shown
 from minstep.store.checkpoint import HUB_DTYPES, Checkpoint, open_checkpoint
 from minstep.store.config_file import load_config
 from minstep.store.header import BYTES
-from minstep.store.stages import layer_number
+from minstep.store.stages import layer_number, part_of
 from minstep.weights import SCALES, Shape, blocks, tensor_shapes
+
+MODULES = {  # the module that a part is, where it is one
+    "attention": "self_attn",
+    "shared experts": "share_expert",
+    "dense MLPs": "mlp",
+    "embedding": "embed_tokens",
+    "output matrix": "lm_head",
+}
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -70,19 +78,19 @@ class Stored(NamedTuple):
 
 
 def expected(
-    config: Config, own_mtp_heads: bool = True, held: Collection[str] | None = None
+    config: Config, own_mtp_heads: bool = True, indexed: Collection[str] | None = None
 ) -> dict[str, Stored]:
     """Every tensor of a checkpoint with this config, FP8 scales too, in the model's order.
 
-    Where the config leaves the dtype open, it is what the released checkpoints have. `held`, if
-    given, are the tensors that an index names: a weight without scales among them is not FP8.
+    Where the config leaves the dtype open, it is what the released checkpoints have. `indexed`,
+    if given, are the tensors that an index names: a weight without scales among them is not FP8.
     """
     tensors: dict[str, Stored] = {}
     plain, quantization = HUB_DTYPES.get(config.torch_dtype or "", "BF16"), config.quantization
     for name, shape in tensor_shapes(config, own_mtp_heads).items():
         tensors[name] = Stored("F32" if name.endswith("router_bias") else plain, shape)
         scales = f"{name}{SCALES}"
-        if quantization and quantization.covers(name) and (held is None or scales in held):
+        if quantization and quantization.covers(name) and (indexed is None or scales in indexed):
             tensors[name] = Stored("F8_E4M3", shape)
             tensors[scales] = Stored("F32", blocks(shape, quantization[:2]))
     return tensors
@@ -115,12 +123,8 @@ def _part(name: str, config: Config) -> str:
         return "MTP layers"
     if name.endswith(SCALES):
         return "FP8 scales"
-    if ".moe." in name:
-        return "router" if name.endswith(("moe.gate.weight", "router_bias")) else "routed experts"
-    for piece in ("self_attn", "share_expert", "mlp", "embed_tokens", "lm_head"):
-        if piece in name:
-            return piece
-    return "norms"
+    part = part_of(name)
+    return MODULES.get(part, part)
 
 
 def _active(sizes: dict[str, int], config: Config) -> int:

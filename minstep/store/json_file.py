@@ -74,3 +74,11 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = Counter(key for key, _ in pairs)
         raise ValueError(f"key {shown(counts.most_common(1)[0][0])} stands twice")
     return found
+
+
+def json_text(value: Any, is_utf8: bool = True) -> str:
+    """A value as JSON, with an escape such as `\\u001b` for what is not printable."""
+    text = json.dumps(value, ensure_ascii=not is_utf8)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)

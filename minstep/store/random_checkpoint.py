@@ -13,8 +13,9 @@ from minstep.config import Config, Quantization, parse_quantization
 from minstep.errors import InputError
 from minstep.fast.bf16 import to_bf16
 from minstep.fast.fp8 import to_fp8
-from minstep.store.files import MADE_BY, atomic_folder, read_file
-from minstep.store.header import BYTES, laid_out
+from minstep.store.files import read_file
+from minstep.store.header import BYTES
+from minstep.store.output import MADE_BY, atomic_folder, laid_out
 from minstep.weights import SCALES, Shape, blocks, random_rows, tensor_shapes
 
 # As the released FP8 checkpoint has it, but for the list of what stays bfloat16.

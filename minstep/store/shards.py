@@ -4,27 +4,34 @@ Checked by: tests/store/test_shards.py
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from minstep.config import Config
 from minstep.errors import InputError, shown
+from minstep.linear import Weight
+from minstep.model import ModelWeights
 from minstep.store.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
 from minstep.store.config_file import load_config
 from minstep.store.inspect import checked, expected
 from minstep.store.stages import (
-    AS_LOGITS,
     EMBEDDING,
     EMBEDDING_WEIGHT,
     HEAD,
+    HEAD_WEIGHT,
     Stage,
     layer_number,
-    needs,
     spans,
     stages,
 )
+from minstep.weights import Shape, assemble
 
+AS_NEXT = "embeds the next tokens"
+AS_HEAD = "predicts the layer's token, which has no output matrix of its own"
+AS_LOGITS = "no layer needs it"
 AS_INPUT = "turns the prompt into the layer's input; a recorded input does without"
 
 
@@ -58,6 +65,34 @@ def numbered(ranges: Sequence[range], config: Config, flag: str) -> list[int]:
             shown = len(each) if flag == "--first" else each[-1]
             raise InputError(f"{flag} {shown}: expected layers of the model, which are 0 to {last}")
     return sorted({number for each in ranges for number in each})
+
+
+def needs(stage: Stage, config: Config, names: Collection[str]) -> dict[str, str]:
+    """The tensors that a stage reads, of those that the checkpoint names: each with what it is for.
+
+    Its own have "". Layers are stages whether or not a prompt is long enough to reach them.
+    """
+    needed = {name: "" for name in names if stage.has(name)}
+    if stage.name == HEAD and config.tie_word_embeddings:
+        needed[EMBEDDING_WEIGHT] = AS_LOGITS
+    if stage.name in {spec.name for spec in config.mtp_layers}:
+        needed[EMBEDDING_WEIGHT] = AS_NEXT
+        if f"{stage.last}.weight" not in needed:
+            tied = config.tie_word_embeddings
+            needed.setdefault(EMBEDDING_WEIGHT if tied else HEAD_WEIGHT, AS_HEAD)
+    return needed
+
+
+def some_weights(checkpoint: Checkpoint, names: Collection[str]) -> ModelWeights:
+    """The weights with these tensors in their places, and empty arrays in all others.
+
+    Raises InputError where one of them is missing or does not fit the config.
+    """
+
+    def get(name: str, shape: Shape) -> Weight:
+        return checkpoint.get(name, shape) if name in names else np.empty(0)
+
+    return assemble(checkpoint.config, get, checkpoint.has_own_heads())
 
 
 def layers_report(checkpoint: Checkpoint, numbers: Sequence[int]) -> dict[str, Any]:
@@ -115,8 +150,8 @@ def _layer_report(
     for file, nbytes in _bytes_by_file(own).items():
         count = sum(place.file == file for place in own.values())
         share = nbytes / whole[file] if whole[file] else 0.0
-        said = {"tensors": count, "bytes": nbytes, "share": round(share, 4)}
-        files.append(_file(file, own) | said)
+        amounts = {"tensors": count, "bytes": nbytes, "share": round(share, 4)}
+        files.append(_file(file, own) | amounts)
     return {
         "layer": number,
         "name": stage.name,
@@ -163,14 +198,14 @@ def layers_table(report: dict[str, Any]) -> str:
 
     def outside(entry: dict[str, Any]) -> str:
         what = f"{shown(entry['tensor'])}, {entry['bytes']:,} bytes: {entry['why']}"
-        return f"  outside, in {_said(entry)}: {what}"
+        return f"  outside, in {_named(entry)}: {what}"
 
     for layer in report["layers"]:
         lines.append(f"\n{layer['name']}: {layer['tensors']} tensors, {layer['bytes']:,} bytes")
         lines.append(f"  its input is the output of {layer['input']}")
         for entry in layer["files"]:
             share = f"{entry['bytes']:,} bytes of the layer, {entry['share']:.1%} of the file"
-            lines.append(f"  {_said(entry)}: {share}")
+            lines.append(f"  {_named(entry)}: {share}")
         lines += map(outside, layer["outside"])
     lines += ["", "for logits", *map(outside, report["logits"])]
     gone = report["download"]
@@ -187,31 +222,31 @@ def shards_table(report: dict[str, Any]) -> str:
     lines = [shown(report["path"])]
     for entry in report["files"]:
         layers = [f"layers {', '.join(spans(entry['layers']))}"] if entry["layers"] else []
-        held = ", ".join([*layers, *map(shown, entry["outside_layers"])])
-        lines.append(f"  {_said(entry)}: {entry['bytes']:,} bytes of tensors, {held}")
+        content = ", ".join([*layers, *map(shown, entry["outside_layers"])])
+        lines.append(f"  {_named(entry)}: {entry['bytes']:,} bytes of tensors, {content}")
     return "\n".join(lines + [f"damaged: {why}" for why in report["damaged"]])
 
 
-def _bytes_by_file(held: dict[str, Place]) -> dict[Path, int]:
+def _bytes_by_file(found: dict[str, Place]) -> dict[Path, int]:
     """The files that hold the tensors, and the bytes these take in each."""
     sizes: dict[Path, int] = {}
-    for place in held.values():
+    for place in found.values():
         sizes[place.file] = sizes.get(place.file, 0) + place.nbytes
     return sizes
 
 
-def _file(file: Path, held: dict[str, Place]) -> dict[str, Any]:
+def _file(file: Path, found: dict[str, Place]) -> dict[str, Any]:
     """A file's name, whether it is there and whole, its size and what it takes on the disk."""
-    is_there = any(place.is_there for place in held.values() if place.file == file)
-    said: dict[str, Any] = {"file": file.name, "there": is_there}
+    is_there = any(place.is_there for place in found.values() if place.file == file)
+    entry: dict[str, Any] = {"file": file.name, "there": is_there}
     if not os.path.isfile(file):
-        return said | {"file_bytes": None, "disk_bytes": None}
+        return entry | {"file_bytes": None, "disk_bytes": None}
     stat = file.stat()
     on_disk = getattr(stat, "st_blocks", -(-stat.st_size // 512)) * 512
-    return said | {"file_bytes": stat.st_size, "disk_bytes": on_disk}
+    return entry | {"file_bytes": stat.st_size, "disk_bytes": on_disk}
 
 
-def _said(entry: dict[str, Any]) -> str:
+def _named(entry: dict[str, Any]) -> str:
     """A file's name, and whether it is there."""
     name = shown(entry["file"])
     if not entry["there"]:

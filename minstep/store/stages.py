@@ -1,23 +1,29 @@
-"""Which layer a tensor belongs to by its name, and what each stage of the forward pass reads."""
+"""Names of tensors: which layer, stage and part of the model each belongs to.
+
+Checked by: tests/store/test_shards.py, tests/store/test_inspect.py
+"""
 
 import re
 from collections.abc import Collection
 from typing import NamedTuple
 
-import numpy as np
-
 from minstep.config import Config
-from minstep.linear import Weight
-from minstep.model import ModelWeights
-from minstep.store.checkpoint import Checkpoint
-from minstep.weights import Shape, assemble
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 EMBEDDING_WEIGHT, HEAD_WEIGHT = f"{EMBEDDING}.weight", f"{HEAD}.weight"
 LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})(?:\.(.+))?")
-AS_NEXT = "embeds the next tokens"
-AS_HEAD = "predicts the layer's token, which has no output matrix of its own"
-AS_LOGITS = "no layer needs it"
+PARTS = {  # what of a tensor's name says which part of the model it belongs to; the first that fits
+    "self_attn": "attention",
+    "moe.gate.weight": "router",
+    "router_bias": "router",
+    ".moe.": "routed experts",
+    "share_expert": "shared experts",
+    ".mlp.": "dense MLPs",
+    "eh_proj": "MTP inputs",
+    "embed_tokens": "embedding",
+    "lm_head": "output matrix",
+    "shared_head.output": "output matrix",
+}
 
 
 def split(name: str) -> tuple[int | None, str]:
@@ -33,6 +39,11 @@ def layer_number(name: str) -> int:
     """The layer a tensor belongs to; -1 outside the layers."""
     number, part = split(name)
     return -1 if number is None or not part else number
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a weight belongs to, or "norms"."""
+    return next((part for piece, part in PARTS.items() if piece in name), "norms")
 
 
 def spans(numbers: Collection[int]) -> list[str]:
@@ -67,31 +78,3 @@ def stages(config: Config, count: int) -> list[Stage]:
     output = "transformer.shared_head.output"
     depths = [Stage(s.name, f"{s.name}.{output}") for s in config.mtp_layers[: count - 1]]
     return [Stage(EMBEDDING, EMBEDDING), *main, Stage(HEAD, HEAD), *depths]
-
-
-def needs(stage: Stage, config: Config, names: Collection[str]) -> dict[str, str]:
-    """The tensors that a stage reads, of those that the checkpoint names: each with what it is for.
-
-    Its own have "". Layers are stages whether or not a prompt is long enough to reach them.
-    """
-    needed = {name: "" for name in names if stage.has(name)}
-    if stage.name == HEAD and config.tie_word_embeddings:
-        needed[EMBEDDING_WEIGHT] = AS_LOGITS
-    if stage.name in {spec.name for spec in config.mtp_layers}:
-        needed[EMBEDDING_WEIGHT] = AS_NEXT
-        if f"{stage.last}.weight" not in needed:
-            tied = config.tie_word_embeddings
-            needed.setdefault(EMBEDDING_WEIGHT if tied else HEAD_WEIGHT, AS_HEAD)
-    return needed
-
-
-def some_weights(checkpoint: Checkpoint, names: Collection[str]) -> ModelWeights:
-    """The weights with these tensors in their places, and empty arrays in all others.
-
-    Raises InputError where one of them is missing or does not fit the config.
-    """
-
-    def get(name: str, shape: Shape) -> Weight:
-        return checkpoint.get(name, shape) if name in names else np.empty(0)
-
-    return assemble(checkpoint.config, get, checkpoint.has_own_heads())

@@ -45,6 +45,11 @@ def text_of(tokenizer: Tokenizer | None, token: int) -> str | None:
     return text if text and BROKEN not in text else None
 
 
+def piece(tokenizer: Tokenizer | None, token: int) -> str:
+    """A token's text, or its number in ⟨⟩ where it has none."""
+    return text_of(tokenizer, token) or f"⟨{token}⟩"
+
+
 def byte_level_tokenizer() -> Tokenizer:
     """The tokenizer of the untrained tiny model: one token per byte, and the special tokens.
 

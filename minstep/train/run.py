@@ -16,8 +16,8 @@ from minstep.config import Config, parse_config
 from minstep.draw.charts import line_chart, load_chart
 from minstep.errors import InputError
 from minstep.fast.bf16 import to_bf16
-from minstep.store.files import OWNED, atomic_file, open_file, os_reason, write_text
-from minstep.store.header import Data, write_tensors
+from minstep.store.files import open_file, os_reason
+from minstep.store.output import OWNED, Data, atomic_file, write_tensors, write_text
 from minstep.tap import Array
 from minstep.train.bpe import train_tokenizer
 from minstep.train.data import encode_documents, read_corpus

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import minstep.cli.bench
-import minstep.cli.checking
 import minstep.cli.generate
+import minstep.cli.parity
 import minstep.store.random_checkpoint
 from minstep import find_config, load_config
 from minstep.bench.timing import Found
@@ -520,7 +520,7 @@ def test_a_trace_that_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
-    monkeypatch.setattr(minstep.cli.checking, "record", lambda *_: pytest.fail("the work was done"))
+    monkeypatch.setattr(minstep.cli.parity, "record", lambda *_: pytest.fail("the work was done"))
     out = tmp_path / place
     naming = (str(out), "cannot be written")
     refused("trace", "--model", MODEL, "--tokens", "4", "--out", out, naming=naming)
@@ -907,7 +907,7 @@ def test_an_interrupted_trace_leaves_what_was_there(
             arguments[-1].write_bytes(b"half")
         raise raised
 
-    monkeypatch.setattr(minstep.cli.checking, function, breaks)
+    monkeypatch.setattr(minstep.cli.parity, function, breaks)
     ran = run("trace", "--model", MODEL, "--tokens", "4", "--out", out)
     assert ran.code == code and ran.err.count("\n") == (code == 2)
     assert names(tmp_path) == (["trace"] if existing else NOTHING)

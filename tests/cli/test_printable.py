@@ -17,7 +17,8 @@ from minstep.cli.main import _parser
 from minstep.cli.terminal import DIM, ERASE, PLAIN, json_text, note, print_text
 from minstep.store.checkpoint import INDEX
 from minstep.store.config_file import read_config
-from minstep.store.header import Data, read_header, write_tensors
+from minstep.store.header import read_header
+from minstep.store.output import Data, write_tensors
 from minstep.store.random_checkpoint import Form, save_random
 from tests.conftest import Run
 from tests.support.recordings import save
@@ -277,7 +278,7 @@ def test_warnings_are_printed_escaped(run: Run, monkeypatch: pytest.MonkeyPatch)
 
         warnings.warn(HOSTILE, stacklevel=1)
 
-    monkeypatch.setattr("minstep.cli.footgun.exhibit_text", lambda _: warns() or "")
+    monkeypatch.setattr("minstep.cli.learn.exhibit_text", lambda _: warns() or "")
     ran = run("footgun", "show", "window-off-by-one")
     assert "\\x1b[2J" in ran.err
     check(ran.err.replace("\nFORGED", ""))

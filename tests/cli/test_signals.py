@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-import minstep.cli.checking
+import minstep.cli.parity
 from minstep.cli.main import main
 from minstep.errors import InputError
-from minstep.store import files
-from minstep.store.files import atomic_file, atomic_folder, locked, owned_folder
+from minstep.store import output
+from minstep.store.output import atomic_file, atomic_folder, locked, owned_folder
 from tests.conftest import GOLDEN, Refused, Run
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
@@ -124,7 +124,7 @@ def test_a_signal_ends_the_command_which_tidies_up(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number, code in ENDS.items():
-        monkeypatch.setattr(minstep.cli.checking, "record", raising(number))
+        monkeypatch.setattr(minstep.cli.parity, "record", raising(number))
         out = tmp_path / "trace"
         assert run("trace", "--model", MODEL, "--tokens", 4, "--out", out) == (code, "", "")
         assert [*tmp_path.iterdir()] == []
@@ -135,7 +135,7 @@ def test_an_ignored_signal_stays_ignored(run: Run, monkeypatch: pytest.MonkeyPat
         before = signal.signal(number, signal.SIG_IGN)
         try:
             text = raising(number)
-            monkeypatch.setattr("minstep.cli.footgun.exhibit_text", text)
+            monkeypatch.setattr("minstep.cli.learn.exhibit_text", text)
             assert run("footgun", "show", "window-off-by-one") == (0, "\n", "")
             assert signal.getsignal(number) is signal.SIG_IGN
         finally:
@@ -167,7 +167,7 @@ def test_main_leaves_handlers_streams_and_warnings_as_they_were(
     def breaks(*_: object) -> None:
         raise raised or AssertionError
 
-    monkeypatch.setattr("minstep.cli.footgun.exhibit_text", breaks)
+    monkeypatch.setattr("minstep.cli.learn.exhibit_text", breaks)
     monkeypatch.setattr(warnings, "showwarning", own)
     if is_closed:
         monkeypatch.setattr(sys, "stderr", None)
@@ -205,7 +205,7 @@ def test_main_runs_in_a_thread(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_a_second_ctrl_c_while_it_is_tidied_up_leaves_nothing(
     opens: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = {"unlink": Path.unlink, "rmtree": files.shutil.rmtree}
+    names = {"unlink": Path.unlink, "rmtree": output.shutil.rmtree}
     count = 0
 
     def interrupted(name: str) -> Any:
@@ -219,7 +219,7 @@ def test_a_second_ctrl_c_while_it_is_tidied_up_leaves_nothing(
         return removes
 
     monkeypatch.setattr(Path, "unlink", interrupted("unlink"))
-    monkeypatch.setattr(files.shutil, "rmtree", interrupted("rmtree"))
+    monkeypatch.setattr(output.shutil, "rmtree", interrupted("rmtree"))
     with pytest.raises(KeyboardInterrupt), opens(tmp_path / "out"):
         raise KeyboardInterrupt
     assert count > 1 and [*tmp_path.iterdir()] == []
@@ -239,9 +239,9 @@ def test_two_runs_do_not_write_into_one_folder(run: Run, refused: Refused, tmp_p
             refused(*refusing, naming=(str(out), "another run is writing there"))
     assert not out.parent.exists()
     out.mkdir(parents=True)
-    (out / files.OWNED).touch()  # of a run that was killed
+    (out / output.OWNED).touch()  # of a run that was killed
     assert run(*train).code == 0
-    assert files.OWNED not in [path.name for path in out.iterdir()]
+    assert output.OWNED not in [path.name for path in out.iterdir()]
 
 
 def test_a_folder_goes_where_nothing_was_written(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_what_is_there_and_no_folder_is_refused_as_such(tmp_path: Path) -> None:
 
 
 def test_a_system_without_locks_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(output, "fcntl", None)
     with locked(tmp_path / "lock", tmp_path), locked(tmp_path / "lock", tmp_path):
         pass
 
@@ -278,13 +278,13 @@ def test_a_system_without_locks_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
         def flock(self, *_: object) -> None:
             raise OSError("no locks on this drive")
 
-    monkeypatch.setattr(files, "fcntl", Locks())
+    monkeypatch.setattr(output, "fcntl", Locks())
     with locked(tmp_path / "lock", tmp_path):
         pass
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
-    code = "import sys, time; from pathlib import Path; from minstep.store.files import locked\n"
+    code = "import sys, time; from pathlib import Path; from minstep.store.output import locked\n"
     code += "folder = Path(sys.argv[1])\n"
     code += "with locked(folder / 'lock', folder): print('here', flush=True); time.sleep(60)"
     arguments = [sys.executable, "-c", code, str(tmp_path)]

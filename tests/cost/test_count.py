@@ -11,7 +11,6 @@ from minstep.cache import FullCache, new_caches
 from minstep.config import Config, parse_config
 from minstep.cost.count import (
     FORMS,
-    PIECES,
     SCORES,
     WeightBytes,
     cache_bytes,
@@ -30,6 +29,7 @@ from minstep.mtp import mtp_forward
 from minstep.parity.trace import Recorder
 from minstep.store.config_file import find_config, load_config
 from minstep.store.inspect import inspect
+from minstep.store.stages import PARTS
 from tests.support.counting import NOTHING, Tally, counted_model
 
 FLOAT32 = WeightBytes(4, 4)
@@ -279,7 +279,7 @@ def test_expected_experts_are_the_mean_of_random_choices() -> None:
 def test_parts_add_up_to_what_inspect_and_the_files_say() -> None:
     config, found = load_config(RELEASED), inspect(RELEASED)
     assert sum(tensor.size for tensor in matrices(config)) == found["total_parameters"]
-    assert {tensor.part for tensor in matrices(config)} == {*PIECES.values(), "norms"}
+    assert {tensor.part for tensor in matrices(config)} == {*PARTS.values(), "norms"}
     used = sum(product_flops(config, 1, logits=0).values()) // 2
     outside = found["active_parameters_per_token"] - used  # norms and router biases
     assert outside == found["parts"]["norms"]["parameters"] + 45 * 256 + 42 * 288

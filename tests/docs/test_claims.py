@@ -7,7 +7,7 @@ import pytest
 
 from docs.make.museum_page import HEAD, TAIL
 from docs.make.pages import DOCS, TOP, chapters
-from minstep.learn.museum import EXHIBITS
+from minstep.learn.exhibits import EXHIBITS
 from tests.support.claims import claimed, numbers, pieces, shown, unfounded
 from tests.test_house import FILES, module
 

@@ -19,7 +19,7 @@ from minstep.draw.charts import (
     line_chart,
     load_chart,
 )
-from minstep.draw.page import DASHES, INKS
+from minstep.draw.svg import DASHES, INKS
 from minstep.tap import Array
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -32,7 +32,7 @@ CHARTS = {
     "one point": line_chart("t", {"a": [(5.0, 0.0)]}, "x", "y"),
     "constant": line_chart("t", {"a": [(0.0, -2.0), (9e5, -2.0)]}, "x", "y"),
     "six": line_chart("t", {f"series {n}": CURVE for n in range(6)}, "step", "loss"),
-    "bar": bar_chart(NASTY, {NASTY: {NASTY: 0.25, "b": 1.0}, "2": {"b": 0.5}}, NASTY),
+    "bar": bar_chart(NASTY, {NASTY: {NASTY: 0.25, "b": 1.0}, "2": {"b": 0.5}}),
     "zeros": bar_chart("A title that is a good deal wider than its few bars", {"a": {"b": 0.0}}),
     "six bars": bar_chart("t", {str(g): {f"n{k}": k for k in range(6)} for g in range(5)}),
     "load": load_chart(NASTY, {NASTY: {NASTY: np.arange(16)}}),

@@ -25,7 +25,7 @@ from minstep.explore.acceptance import (
     worth,
 )
 from minstep.model import BlockWeights, ModelWeights
-from minstep.parity.known_bugs import variant
+from minstep.parity.variants import variant
 from minstep.store.config_file import shipped_folder
 from minstep.tap import Array
 from minstep.text.continuation import Pass

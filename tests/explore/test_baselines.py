@@ -10,8 +10,20 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
+import minstep
 from minstep.errors import InputError
-from minstep.explore.baselines import NGram, _discounts, baselines, gzip_bits, ngram_bits, xz_bits
+from minstep.explore.baselines import (
+    NGram,
+    _discounts,
+    baselines,
+    bits_report,
+    bits_table,
+    gzip_bits,
+    ngram_bits,
+    xz_bits,
+)
+from minstep.text.tokenizer import byte_level_tokenizer
+from minstep.train.data import Corpus, Document
 
 WORDS = "the with statement is used to wrap execution of a block object method value".split()
 
@@ -169,10 +181,28 @@ def test_empty_texts_are_input_errors() -> None:
         ngram_bits(b"abc", [b"text"], 6)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_megabytes_take_seconds() -> None:
     train, held_out = prose(1, 450_000)[:2_000_000], [prose(2, 10_000)] * 2
     assert len(train) == 2_000_000
     started = time.perf_counter()
     ngram_bits(train, held_out, 12)
     assert time.perf_counter() - started < 40
+
+
+def test_the_report_weighs_documents_by_their_bytes_and_names_each_kind() -> None:
+    config = minstep.load_config(minstep.find_config("tiny"))
+    weights = minstep.random_weights(config, np.random.default_rng(0))
+    weights = weights._replace(lm_head=np.zeros_like(weights.lm_head))
+    held_out = [Document("topic/a", "abc" * 9), Document("module/b", "é" * 30)]
+    corpus = Corpus([Document("topic/c", "abcabcabd" * 50)], held_out)
+    seen: list[int] = []
+    tokenizer = byte_level_tokenizer()
+    report = bits_report(corpus, tokenizer, weights, config, progress=seen.append)
+    each = np.log2(config.vocab_size)  # of any token, and the end is one more
+    assert np.isclose(report["kinds"]["topic"], each * 28 / 27)
+    assert np.isclose(report["kinds"]["module"], each * 61 / 60)
+    assert np.isclose(report["model"], each * (28 + 61) / 87)
+    assert seen == [27, 87] and report["held_out_bytes"] == 87
+    table = bits_table(report)
+    assert "this model" in table and "xz" in table and "87 bytes held out" in table

@@ -22,11 +22,11 @@ from minstep.attention import visible
 from minstep.errors import InputError
 from minstep.explore.logit_lens import guesses, lens, open_lens
 from minstep.explore.view import page, page_data
-from minstep.parity.facts import Facts, LayerFacts, layer_facts, piece, read_facts
-from minstep.parity.recording import Recording, open_recording
+from minstep.parity.engine_tensors import Recording, open_recording
+from minstep.parity.facts import Facts, LayerFacts, layer_facts, read_facts
 from minstep.parity.trace import record
 from minstep.store.checkpoint import open_checkpoint
-from minstep.text.tokenizer import FRONT, byte_level_tokenizer, encode
+from minstep.text.tokenizer import FRONT, byte_level_tokenizer, encode, piece
 from tests.conftest import GOLDEN, Refused, Run
 from tests.support.recordings import as_transformers
 
@@ -77,7 +77,11 @@ def test_a_continued_trace_is_of_the_greedy_text_and_keeps_its_drafts(
     assert recording.tokens == said["prompt_tokens"] + said["tokens"]
     facts = read_facts(recording)
     assert facts.passes and facts.pieces
-    drafted = [[each.before, each.drafts, each.accepted] for each in facts.passes if each.drafts]
+    drafted = [
+        [each["before"], each["drafts"], each["accepted"]]
+        for each in facts.passes
+        if each["drafts"]
+    ]
     assert drafted == said["mtp_trace"]
     new = recording.tokens[len(said["prompt_tokens"]) :]
     assert "".join(facts.pieces[token] for token in new).startswith(said["text"][:40])
@@ -121,7 +125,7 @@ def test_a_continuation_that_ends_early_is_traced_as_far_as_it_goes(
     assert run("trace", *arguments, "--max-tokens", 1).code == 0
     tokens = json.loads(metadata_of(file)["tokens"])
     facts = read_facts(open_recording(file))
-    assert len(tokens) == 2 and facts.passes and [each.new for each in facts.passes] == [1]
+    assert len(tokens) == 2 and facts.passes and [each["new"] for each in facts.passes] == [1]
 
 
 def test_probabilities_of_every_layer_are_kept_until_they_would_be_too_many(

@@ -16,11 +16,10 @@ import minstep
 from minstep import attention
 from minstep.config import parse_config
 from minstep.errors import InputError
-from minstep.explore import steps as lab_steps
-from minstep.explore.decided import deciding, point_of, sizes
-from minstep.explore.steps import Walk, take_walk
+from minstep.explore import walk as walk_file
+from minstep.explore.walk import Walk, deciding, point_of, sizes, take_walk
 from minstep.generate import steps
-from minstep.parity.choice import names_of
+from minstep.parity.record import names_of
 from minstep.parity.trace import record
 from minstep.store import layouts as native
 from minstep.store.checkpoint import open_checkpoint
@@ -113,7 +112,7 @@ def test_probabilities_too_large_to_hold_are_left_out_and_that_is_said(
     monkeypatch.setattr(attention, "LARGE", 1)
     given = ("--model", GOLDEN / "odd" / "fp32", "--tokens", "5,17,9", "--layer", 1)
     names = {step["name"] for step in parsed(run, *given)["steps"]}
-    monkeypatch.setattr(lab_steps, "MOST_PROBS", 1)
+    monkeypatch.setattr(walk_file, "MOST_PROBS", 1)
     ran = run("walk", *given, "--json")
     left = {step["name"] for step in json.loads(ran.out)["steps"]}
     assert names - left == {"model.layers.1.self_attn.probs"} and "probs" in ran.err

@@ -16,8 +16,8 @@ from minstep.fast.bf16 import BF16Array, to_bf16
 from minstep.fast.fp8 import LARGEST, FP8Array, to_fp8
 from minstep.linear import as_float, linear
 from minstep.parity.trace import record
-from minstep.store.header import Data, write_tensors
 from minstep.store.json_file import read_json
+from minstep.store.output import Data, write_tensors
 from minstep.weights import assemble, blocks, tensor_shapes
 from tests.conftest import Refused, Run
 

@@ -25,11 +25,12 @@ from minstep.learn.exercise import (
     without_bodies,
     write,
 )
-from minstep.learn.lessons import EXERCISES, PLANT
-from minstep.learn.museum import EXHIBITS
-from minstep.learn.scenes import WHOLE, Scene, departure, difference, told_apart
-from minstep.parity.copies import Find, copies, source
-from minstep.parity.known_bugs import FOOTGUNS, UNSEEN, Footgun, is_plantable, planted
+from minstep.learn.exhibits import EXHIBITS
+from minstep.learn.lessons import EXERCISES, PLANT, WHOLE
+from minstep.learn.scenes import Scene, departure, difference, distinct
+from minstep.parity.decoding_bugs import UNSEEN
+from minstep.parity.known_bugs import FOOTGUNS, Footgun
+from minstep.parity.variants import Find, copies, is_plantable, planted, source
 from tests.conftest import Refused, Run
 
 
@@ -209,7 +210,7 @@ def test_numbers_that_differ_are_shown_with_the_digits_that_tell_them_apart() ->
     assert "first at [0, 0]: 1.7156999, expected 1.7156998" in said
     assert (difference("v", 0.5, 0.5 + 1e-9, 1e-10) or "").startswith("v is 0.500000001, expected")
     assert "1, expected 2" in (difference("v", ONES * 2, ONES, 1e-3) or "")
-    assert told_apart(1.0, float(np.nextafter(1.0, 2))) == ("1", "1.0000000000000002")
+    assert distinct(1.0, float(np.nextafter(1.0, 2))) == ("1", "1.0000000000000002")
 
 
 @pytest.mark.parametrize(("by", "is_asked"), [(1e-8, True), (2e-6, True), (1e-4, False)])
@@ -316,12 +317,12 @@ def test_a_bug_whose_line_was_edited_is_not_planted(monkeypatch: pytest.MonkeyPa
     def edited(name: str) -> str:
         return real(name).replace("gate", "door") if name == "attention" else real(name)
 
-    monkeypatch.setattr("minstep.parity.known_bugs.source", edited)
+    monkeypatch.setattr("minstep.parity.variants.source", edited)
     for seed in range(200):
         (name,) = (files := bugged(seed))
         bugs = [bug for bug in BUGS if bug.module == name and is_plantable(bug)]
         assert files[name] in [planted(bug) for bug in bugs]
-    monkeypatch.setattr("minstep.parity.known_bugs.source", lambda name: "")
+    monkeypatch.setattr("minstep.parity.variants.source", lambda name: "")
     with pytest.raises(InputError, match="exercise 13: every line"):
         bugged(0)
 

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 
 import minstep
-from docs.make.museum_page import museum_page
-from minstep.cli.footgun import report_text
-from minstep.learn.damage import Patient
-from minstep.learn.exhibits import CLAMPS, DECODING, DRAFTS, FILES, Exhibit
-from minstep.learn.museum import EXHIBITS, changes, find_exhibit, measured, measured_all, ways
-from minstep.learn.offstage import RUNNERS
-from minstep.parity.copies import source
-from minstep.parity.known_bugs import FOOTGUNS, IN_DRAFTER, UNSEEN, planted
+from docs.make.museum_page import measured_all, museum_page
+from minstep.learn.damage import RUNNERS, Patient
+from minstep.learn.exhibits import CLAMPS, DECODING, DRAFTS, EXHIBITS, FILES, Exhibit
+from minstep.learn.museum import changes, find_exhibit, measured, report_text, ways
+from minstep.parity.decoding_bugs import IN_DRAFTER, UNSEEN
+from minstep.parity.known_bugs import FOOTGUNS
+from minstep.parity.variants import planted, source
 from minstep.text.tokenizer import load_tokenizer
 from tests.conftest import Refused, Run
 
@@ -267,7 +266,7 @@ def test_a_bug_whose_line_was_edited_is_refused_and_all_others_are_not(
             return text.replace("x, layer,", "x,  layer,")
         return text.replace("spec.window, tap)", "spec.window,  tap)")
 
-    monkeypatch.setattr("minstep.parity.known_bugs.source", edited)
+    monkeypatch.setattr("minstep.parity.variants.source", edited)
     for what in ("show", "run"):
         naming = ("minstep/attention.py: the line", "'window one too long'", "undo the edit")
         refused("footgun", what, "window-off-by-one", naming=naming)
@@ -298,9 +297,7 @@ def test_the_page_is_what_the_museum_measures(reports: dict[str, Report]) -> Non
         return re.sub(r"(<!-- nav -->\n).*?(<!-- end -->)", r"\1\2", text, flags=re.S)
 
     made, page = museum_page([*reports.values()]), PAGE.read_text(encoding="utf-8")
-    assert without_nav(page) == made, (
-        "the page is stale: python -m tests.learn.test_museum writes it"
-    )
+    assert without_nav(page) == made, "the page is stale: python -m docs.make.museum_page writes it"
 
 
 def test_the_page_has_a_section_for_each_exhibit_and_no_path_of_this_machine(
@@ -317,7 +314,3 @@ def test_the_page_has_a_section_for_each_exhibit_and_no_path_of_this_machine(
 def test_a_run_alone_gives_the_figures_of_the_page(run: Run, reports: dict[str, Report]) -> None:
     for name in ("clamp-list", "end-token"):
         assert ran(run, name) == reports[name]
-
-
-if __name__ == "__main__":
-    PAGE.write_text(museum_page(), encoding="utf-8")

@@ -103,7 +103,7 @@ def test_a_spoiled_config_is_refused_by_name_or_runs_without_a_warning(first: in
     assert outcomes.count("ran") > 15 and outcomes.count("refused") > 30
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("first", range(10_000, 20_000, 1000))
 def test_many_spoiled_configs_are_refused_by_name_or_run_without_a_warning(first: int) -> None:
     for seed in range(first, first + 1000):

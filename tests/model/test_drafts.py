@@ -235,7 +235,7 @@ def test_texts_with_drafts_are_as_frequent_as_the_plain_distribution_says(how: S
     assert statistic < bound(freedom), f"{statistic:.1f} with {freedom} degrees of freedom"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("drafts", [0, 1, 2])
 @pytest.mark.parametrize("how", HOWS[:5], ids=str)
 def test_many_texts_are_as_frequent_as_the_plain_distribution_says(
@@ -297,7 +297,7 @@ def test_greedy_text_of_random_models_is_the_same_with_any_number_of_drafts(firs
         same_text(seed)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("first", range(1000, 3000, 200))
 def test_greedy_text_of_many_random_models_is_the_same_with_any_number_of_drafts(
     first: int,

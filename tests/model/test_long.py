@@ -42,7 +42,7 @@ def test_memory_grows_by_the_caches_of_full_layers_and_little_else(checkpoint: P
     assert long - short < 10_000 * (per_token + 200) + 8e6
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_whole_context_takes_under_a_gigabyte_and_a_quarter_of_an_hour(
     checkpoint: Path,
 ) -> None:

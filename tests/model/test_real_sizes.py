@@ -16,7 +16,7 @@ from minstep.activations import silu
 from minstep.linear import as_float
 from minstep.weights import block_weights
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 LAYER = 17
 TOKENS = ",".join(str(n * 7919 % 128896) for n in range(1, 17))

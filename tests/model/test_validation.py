@@ -12,12 +12,12 @@ import minstep
 from minstep import InputError, Sampling
 from minstep.cache import FullCache, WindowCache, check_caches, new_caches
 from minstep.cli.main import main
-from minstep.generate import check_prompt, prefill
+from minstep.generate import prefill
 from minstep.moe import Choice, experts
 from minstep.mtp import Drafter
 from minstep.sampling import LIMITS, acceptance, distribution, draw, log_probabilities, verify
 from minstep.text.continuation import Continuation
-from minstep.validation import check_number
+from minstep.validation import check_number, check_prompt
 
 CONFIG = minstep.load_config(minstep.find_config("drafts"))
 WEIGHTS = minstep.random_weights(CONFIG, np.random.default_rng(0))

@@ -12,11 +12,10 @@ import pytest
 import minstep
 from minstep.errors import InputError
 from minstep.fast.bf16 import BF16Array
-from minstep.parity.compare import TOLERANCES
-from minstep.parity.diff import diff, first_departure, verdict
+from minstep.parity.compare import TOLERANCES, compare_all, tolerance_of
+from minstep.parity.diff import diff, first_departure, routers_of, verdict
+from minstep.parity.engine_tensors import Recording
 from minstep.parity.facts import metadata
-from minstep.parity.pairs import compare_all, tolerance_of
-from minstep.parity.recording import Recording
 from minstep.parity.trace import Trace, record, save_trace
 from minstep.tap import Array
 from minstep.text.continuation import Pass
@@ -29,6 +28,7 @@ CONFIG = minstep.load_config(FOLDER)
 TOKENS = meta(FOLDER)["prompt"][:12]
 FACTOR = next(spec.moe.scaling_factor for spec in CONFIG.layers if spec.moe)
 L3, L4 = "model.layers.3", "model.layers.4"
+ROUTERS = routers_of(FOLDER)
 
 
 @pytest.fixture(scope="module")
@@ -255,18 +255,18 @@ def test_a_flip_at_a_tie_leaves_out_its_row_and_later_all_rows_from_it(trace: Tr
         elif not name.startswith(L3):
             x[5:] = np.arange(x.shape[-1]) if name.endswith(".ids") else 1
     left, right = Recording("ours", ours, TOKENS), Recording("theirs", theirs, TOKENS)
-    report = diff(left, right)
+    report = diff(left, right, routers=ROUTERS)
     assert report.departure is None and ".moe.ids" not in verdict(report)
     rows = {row.name: row.left_out for row in report.rows}
     assert rows[f"{L3}.moe.ids"] == rows[f"{L3}.moe"] == rows[f"{L3}.moe.weights"] == rows[L3] == 1
     assert rows[f"{L3}.share_expert"] == rows[f"{L3}.moe.gate"] == 0
     assert rows[L4] == rows["lm_head"] == rows[f"{L4}.moe.ids"] == len(TOKENS) - 5
     spoilt_later = spoilt(theirs, L4, (4, 7), 1)
-    first = diff(left, Recording("theirs", spoilt_later, TOKENS)).departure
+    first = diff(left, Recording("theirs", spoilt_later, TOKENS), routers=ROUTERS).departure
     assert first is not None and first.name == L4
     assert first.first is not None and first.first.place == (4, 7)
     in_row = spoilt(theirs, L3, (6, 7), 1)
-    first = diff(left, Recording("theirs", in_row, TOKENS)).departure
+    first = diff(left, Recording("theirs", in_row, TOKENS), routers=ROUTERS).departure
     assert first is not None and first.name == L3
     assert first.first is not None and first.first.place == (6, 7)
 
@@ -278,15 +278,17 @@ def test_ties_are_told_in_the_last_line(
     theirs = flipped(ours, L3, 0, 1e-6, 2e-6)
     save(ours, files[0], tokens=TOKENS)
     save(theirs, files[1], tokens=TOKENS)
-    ran = run("diff", *files)
-    assert ran.code == 0 and "left out, where experts tied" in ran.out.splitlines()[-1]
-    lines = {line.split()[0]: line for line in ran.out.splitlines()}
+    ran = run("diff", *files, "--model", FOLDER)
+    table, _, alone = ran.out.partition("\n\n")  # then the layers that the tie leaves nothing of
+    assert ran.code == 0 and "left out, where experts tied" in table.splitlines()[-1]
+    assert alone.splitlines()[-1].startswith("match: 7 layers, ")
+    lines = {line.split()[0]: line for line in table.splitlines()}
     assert lines[f"{L3}.moe"].endswith("ok, 1 rows left out")
     assert lines[L4].endswith("not compared, 12 rows left out")
     assert lines[L4].split()[3:6] == ["-", "-", "-"]
     said = f"from {L4}.input_layernorm on not compared, since a tie leaves no row: use check-layer"
-    assert said in ran.out.splitlines()[-1]
-    report = json.loads(run("diff", *files, "--json").out)
+    assert said in table.splitlines()[-1]
+    report = json.loads(run("diff", *files, "--json", "--model", FOLDER).out)
     assert report["not_compared"][0] == f"{L4}.input_layernorm"
     assert {row["name"] for row in report["tensors"] if not row["compared"]} == set(
         report["not_compared"]
@@ -305,10 +307,32 @@ def test_a_flip_that_their_own_logits_do_not_explain_is_a_wrong_router(
         ran = run("diff", *files, "--names", f"{L3}.moe.ids", *more)
         assert ran.code == 1
         last = ran.out.splitlines()[-1 - len(more) // 2]
-        wrong = "wrong router: 1 of 12 tokens have other experts, not at a tie"
-        blind = "" if more else " with any bias of the router that our choices allow"
-        said = f"{wrong}{blind}, first at [5, "
-        assert last.startswith(f"departs first at model.layers.3.moe.ids: {said}")
+        count = "1 of 12 tokens have other experts"
+        why = "give --model DIR, whose router bias decides"
+        blind = f"{count}, at a tie or by a wrong router ({why})"
+        note = f"wrong router: {count}, not at a tie" if more else blind
+        assert last.startswith(f"departs first at model.layers.3.moe.ids: {note}, first at [5, ")
+
+
+def test_without_a_model_other_experts_depart_and_what_their_tokens_touch_is_left_out(
+    files: tuple[Path, Path], trace: Trace, run: Run
+) -> None:
+    ours = dict(trace)
+    theirs = flipped(ours, L3, 5, 1e-6, 2e-6)  # a tie, which only the router could tell
+    theirs[L3] = spoilt(theirs, L3, (5, 0), 1)[L3]
+    save(ours, files[0], tokens=TOKENS)
+    for hidden, first in (((), f"{L3}.moe.ids"), ((f"{L3}.moe.ids",), L3)):
+        save({n: x for n, x in theirs.items() if n not in hidden}, files[1], tokens=TOKENS)
+        ran = run("diff", *files, "--json")
+        rows = {row["name"]: row for row in json.loads(ran.out)["tensors"]}
+        assert ran.code == 1 and [n for n, row in rows.items() if not row["match"]] == [first]
+        assert "give --model DIR, whose router bias decides" in rows[first]["note"]
+        assert rows[L3]["left_out"] == (not hidden) and rows["lm_head"]["compared"]
+        assert run("diff", *files, "--model", FOLDER).code == 0
+    save({n: x for n, x in ours.items() if n != f"{L3}.moe.gate"}, files[0], tokens=TOKENS)
+    save(theirs, files[1], tokens=TOKENS)
+    ran = run("diff", *files, "--model", FOLDER)
+    assert ran.code == 1 and "by a wrong router (record moe.gate, which decides)" in ran.out
 
 
 @pytest.mark.parametrize("absent", ["", "margin", "ids", "gate", "ids gate", "ids gate margin"])
@@ -332,31 +356,39 @@ def test_a_tie_is_told_from_whatever_was_recorded(
                 x %= trace[f"{L3}.moe.gate"].shape[1]
     save(ours, files[0], tokens=TOKENS)
     save(theirs, files[1], tokens=TOKENS)
-    ran = run("diff", *files)
+    ran = run("diff", *files, "--model", FOLDER)
     assert ran.code == 0, ran.out
     assert "rows of " in ran.out.splitlines()[-1]
     theirs[f"{L3}.moe"] = trace[f"{L3}.moe"] * np.float32(1.01)  # a bug is in every row
     save(theirs, files[1], tokens=TOKENS)
-    ran = run("diff", *files)
-    assert ran.code == 1 and f"departs first at {L3}.moe: " in ran.out.splitlines()[-1]
+    ran = run("diff", *files, "--model", FOLDER)
+    assert ran.code == 1 and f"\ndeparts first at {L3}.moe: " in ran.out
 
 
 def test_of_other_experts_that_only_their_outputs_tell_few_are_a_tie(
     files: tuple[Path, Path], trace: Trace, run: Run
 ) -> None:
-    name = f"{L3}.moe"
-    margin = np.full(len(TOKENS), 1e-6, np.float32)
+    name, near = f"{L3}.moe", dict(trace)
+    flipped(near, L3, 5, 1e-6, 2e-6)
+    for part in ("gate", "ids"):  # every choice is near a tie
+        near[f"{name}.{part}"] = np.tile(near[f"{name}.{part}"][5], (len(TOKENS), 1))
     for rows, code in ((6, 0), (7, 1)):
         moved = trace[name].copy()
         moved[:rows] += 1
-        ours = {name: trace[name], f"{name}.ids": trace[f"{name}.ids"], f"{name}.margin": margin}
+        ours = {n: near[n] for n in (name, f"{name}.ids", f"{name}.gate")}
         save(ours, files[0], tokens=TOKENS)
         save({name: moved}, files[1], tokens=TOKENS)
-        ran = run("diff", *files)
+        ran = run("diff", *files, "--model", FOLDER)
         assert ran.code == code, ran.out
-    margin[3] = 0.1
+    moved[6] = trace[name][6]  # again few enough, but for one that is no tie
+    save({name: moved}, files[1], tokens=TOKENS)
+    assert run("diff", *files, "--model", FOLDER).code == 0
+    far = dict(trace)
+    flipped(far, L3, 5, 0.1, 0)
+    ours[f"{name}.gate"][3] = far[f"{name}.gate"][5]
     save(ours, files[0], tokens=TOKENS)
-    assert "first at [3, 0]" not in ran.out and "[3, 0]" in run("diff", *files).out.splitlines()[-1]
+    ran = run("diff", *files, "--model", FOLDER)
+    assert ran.code == 1 and "first at [3, 0]" in ran.out
 
 
 def test_with_a_model_what_a_tie_leaves_out_is_run_from_its_recorded_input(
@@ -370,7 +402,6 @@ def test_with_a_model_what_a_tie_leaves_out_is_run_from_its_recorded_input(
     ran = run(*command)
     assert ran.code == 0 and ran.out.splitlines()[-1].startswith("match: 7 layers, ")
     save(spoilt(theirs, "model.layers.6", (3, 3), 1), files[1], tokens=TOKENS)
-    assert run("diff", *files).code == 0  # it cannot know
     ran = run(*command)
     assert ran.code == 1 and ran.out.splitlines()[-1] == "mismatch: layers 6-7 of 7 layers checked"
     report = json.loads(run(*command, "--json").out)
@@ -588,7 +619,7 @@ def continued(path: Path, tokens: list[int], prompt: int, trace: Trace | None = 
     """What trace writes of a prompt and the text that follows it, which may be none."""
     trace = record(tokens, WEIGHTS[FOLDER], CONFIG) if trace is None else trace
     new = [Pass(n, [], 0, 1) for n in range(len(tokens) - prompt)]
-    save_trace(trace, tokens, metadata(CONFIG, None, tokens, new), path)
+    save_trace(trace, tokens, metadata(CONFIG, passes=new), path)
     return path
 
 
@@ -669,7 +700,7 @@ def test_one_pair_of_tensors_is_in_memory_at_a_time(tmp_path: Path) -> None:
     one = trace["model.layers.0"].nbytes
     tracemalloc.start()
     try:
-        ours, theirs = map(minstep.parity.recording.open_recording, files)
+        ours, theirs = map(minstep.parity.engine_tensors.open_recording, files)
         assert tracemalloc.get_traced_memory()[1] < one / 4  # nothing is read by opening
         assert all(row.is_match for row in compare_all(ours, theirs, list(trace), 1e-10))
         assert tracemalloc.get_traced_memory()[1] < 8 * one
@@ -807,7 +838,8 @@ def test_hooks_on_every_module_of_transformers_model(
     config = minstep.load_config(folder)
     save(record(tokens, WEIGHTS[folder], config), ours, tokens=tokens)
     hooked(folder, dtype, theirs, tokens)
-    ran = run("diff", ours, theirs, "--json")
+    command = ("diff", ours, theirs, "--json", "--model", folder)  # in 16 bits there are ties
+    ran = run(*command)
     report = json.loads(ran.out)
     assert ran.code == 0, report["first"]
     no_taps = ("q_rope", "k_rope", "moe.margin", "probs")
@@ -816,6 +848,6 @@ def test_hooks_on_every_module_of_transformers_model(
     assert set(sums) <= {row["name"] for row in report["tensors"]}
     for bug in ("model.layers.1.self_attn.k_proj", "model.layers.2.mlp.shared_experts.up_proj"):
         hooked(folder, dtype, theirs, tokens, bug)
-        first = json.loads(run("diff", ours, theirs, "--json").out)["first"]
+        first = json.loads(run(*command).out)["first"]
         found = {"model.layers.2.mlp.shared_experts.up_proj": "model.layers.2.share_expert"}
         assert first == found.get(bug, bug)

@@ -21,11 +21,11 @@ import minstep
 from minstep.cli.main import main
 from minstep.errors import InputError
 from minstep.fast.bf16 import BF16Array, to_bf16
-from minstep.parity import checks
+from minstep.parity import diagnosis
+from minstep.parity.check_layer import check_layer
 from minstep.parity.diff import diff
+from minstep.parity.engine_tensors import Recording, open_recording
 from minstep.parity.facts import read_facts
-from minstep.parity.layer import check_layer
-from minstep.parity.recording import Recording, open_recording
 from minstep.parity.trace import Trace, record
 from minstep.store.stages import split
 from tests.conftest import Ran, Refused, Run
@@ -105,7 +105,7 @@ def test_functions_refuse_what_commands_refuse(trace: Trace) -> None:
             lambda: diff(good, bad),  # noqa: B023
             lambda: diff(bad, good),  # noqa: B023
             lambda: check_layer(checkpoint, 3, bad),  # noqa: B023
-            lambda: checks.check_layers(checkpoint, bad, [3]),  # noqa: B023
+            lambda: diagnosis.check_layers(checkpoint, bad, [3]),  # noqa: B023
         ):
             with pytest.raises(InputError, match=f"^bad: tensor {name} "):
                 call()
@@ -348,7 +348,7 @@ def fuzz(count: int, seed: int, folder: Path | None = None) -> dict[int, int]:
     names += [f"{L3}.self_attn.q_norm", f"{L3}.moe.weights", f"{L3}.share_expert"]
     good = {name: trace[name] for name in names}
     with TemporaryDirectory(dir=folder) as made, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "explain", lambda *a, **more: [])
+        patch.setattr(diagnosis, "explain", lambda *a, **more: [])
         ours, theirs = Path(made) / "ours", Path(made) / "theirs"
         save(good, ours, tokens=TOKENS)
         for n in range(count):

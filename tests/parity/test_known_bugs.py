@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import minstep
-from minstep.parity.checks import check_layers
-from minstep.parity.explain import explain, looks_like
-from minstep.parity.known_bugs import CHAIN, FOOTGUNS, Footgun, Variant, is_plantable, variant
-from minstep.parity.layer import check_layer
-from minstep.parity.recording import Recording
+from minstep.parity.check_layer import check_layer
+from minstep.parity.diagnosis import check_layers, explain, looks_like
+from minstep.parity.engine_tensors import Recording
+from minstep.parity.known_bugs import FOOTGUNS, Footgun
 from minstep.parity.trace import Recorder, Trace
+from minstep.parity.variants import CHAIN, Variant, is_plantable, variant
 from minstep.tap import Array, Tap
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny" / "bf16"

@@ -24,7 +24,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import minstep
-from minstep.parity.known_bugs import FOOTGUNS, UNSEEN
+from minstep.parity.decoding_bugs import UNSEEN
+from minstep.parity.known_bugs import FOOTGUNS
 from minstep.parity.trace import record
 from minstep.sampling import Sampling
 from tests.model import test_attention, test_cache, test_drafts, test_golden

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import minstep
-from minstep.parity.recording import open_recording
+from minstep.parity.engine_tensors import open_recording
 from minstep.parity.trace import Trace
 from minstep.parity.trace import record as traced
 from minstep.store.checkpoint import open_checkpoint

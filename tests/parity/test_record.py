@@ -21,13 +21,11 @@ from safetensors.numpy import load_file, save_file
 import minstep
 from minstep import attention, linear, moe
 from minstep.fast.bf16 import BF16Array
-from minstep.parity import parts, trace
 from minstep.parity import record as lab_record
-from minstep.parity.choice import names_of
-from minstep.parity.parts import open_parts
-from minstep.parity.record import plan, record_file
+from minstep.parity import trace
+from minstep.parity.record import names_of, open_parts, plan, record_file
 from minstep.parity.trace import Recorder
-from minstep.store import files
+from minstep.store import output
 from minstep.store.stages import stages
 from tests.conftest import GOLDEN, Refused, Run
 from tests.support.recordings import save
@@ -169,7 +167,10 @@ def watch(monkeypatch: pytest.MonkeyPatch, see: Callable[[str], object]) -> None
             see(self._full(name))
             return super().__call__(name, x)
 
-    monkeypatch.setattr(lab_record, "Recorder", Watched)
+    def recorder(*arguments: Any, **how: Any) -> Recorder:
+        return (Watched if how else Recorder)(*arguments, **how)  # else names are looked up
+
+    monkeypatch.setattr(lab_record, "Recorder", recorder)
 
 
 def test_the_prompt_may_be_text(run: Run, refused: Refused, tmp_path: Path) -> None:
@@ -341,7 +342,7 @@ KILLER = """
 import os, signal, sys
 from pathlib import Path
 from minstep.cli.main import main
-from minstep.parity import parts, record, trace
+from minstep.parity import record, trace
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -365,12 +366,12 @@ def counted(real, before, half=False):
 if where == "tap":
     class Watched(trace.Recorder):
         __call__ = counted(trace.Recorder.__call__, True)
-    record.Recorder = Watched
+    record.Recorder = lambda *a, **how: (Watched if how else trace.Recorder)(*a, **how)
 elif where == "write":
-    parts.write_tensors = counted(parts.write_tensors, True, half=True)
+    record.write_tensors = counted(record.write_tensors, True, half=True)
 elif where == "written":
-    parts.write_tensors = counted(parts.write_tensors, False)
-elif where == "journal":
+    record.write_tensors = counted(record.write_tensors, False)
+elif where == "rename":
     os.replace = counted(os.replace, True)
 elif where == "replaced":
     os.replace = counted(os.replace, False)
@@ -379,9 +380,9 @@ elif where == "remove":
 main(sys.argv[3:])
 """
 
-# A stage is two files and the journal, each renamed; then the state before is removed. At the end
-# the whole file is written and renamed, what is left of it removed, and the folder.
-FILES, RENAMES, UNLINKS = 2 * len(ORDER), 3 * len(ORDER), 4 * len(ORDER)
+# A stage is two files, its own and the state, each renamed. At the end the whole file is written and
+# renamed, what is left of it removed, and the folder.
+FILES = RENAMES = UNLINKS = 2 * len(ORDER)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
@@ -394,14 +395,14 @@ FILES, RENAMES, UNLINKS = 2 * len(ORDER), 3 * len(ORDER), 4 * len(ORDER)
         ("write", 1),
         ("write", 8),
         ("written", 7),
-        ("journal", 3),
-        ("journal", 14),
-        ("journal", 15),
+        ("rename", 2),
+        ("rename", 13),
+        ("rename", 14),
         ("replaced", 13),
-        ("replaced", 15),
+        ("replaced", 14),
         ("write", FILES + 1),
         ("written", FILES + 1),
-        ("journal", RENAMES + 1),
+        ("rename", RENAMES + 1),
         ("replaced", RENAMES + 1),
         ("remove", UNLINKS + 1),
         ("remove", UNLINKS + 6),
@@ -421,14 +422,20 @@ def test_it_goes_on_after_kill_9_anywhere(
     assert ran.code == 0 and out.read_bytes() == uninterrupted and names(tmp_path) == ["out"]
 
 
+def done_by(state: Path) -> int:
+    """How many stages a state file counts."""
+    with safe_open(state, "numpy") as opened:
+        count: int = json.loads(opened.metadata()["run"])["done"]
+    return count
+
+
 def test_kill_9_loses_at_most_one_stage(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for at in range(1, 9):  # renames: two files and the journal of each stage
-        command = [sys.executable, "-c", KILLER, "journal", str(at), "record", *map(str, GIVEN)]
+    for at in range(1, 7):  # renames: two files of each stage
+        command = [sys.executable, "-c", KILLER, "rename", str(at), "record", *map(str, GIVEN)]
         subprocess.run([*command, "--out", str(out)], capture_output=True)
-        journal = tmp_path / ".out.parts" / "run.json"
-        whole = len(json.loads(journal.read_text())["done"]) if journal.exists() else 0
-        assert whole == (at - 1) // 3
+        state = tmp_path / ".out.parts" / "state.safetensors"
+        assert (done_by(state) if state.exists() else 0) == (at - 1) // 2
         shutil.rmtree(tmp_path / ".out.parts")
 
 
@@ -449,7 +456,7 @@ def test_a_full_disk_keeps_what_is_done(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(file, *rest)
 
-    monkeypatch.setattr(parts, "write_tensors", full)
+    monkeypatch.setattr(lab_record, "write_tensors", full)
     naming = (str(tmp_path), "cannot be written", "No space left on device")
     refused("record", *GIVEN, "--out", out, naming=naming)
     for _ in range(2):
@@ -473,7 +480,7 @@ def test_ctrl_c_while_the_file_is_put_together_says_how_to_go_on(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(parts, "write_tensors", stop)
+        patched.setattr(lab_record, "write_tensors", stop)
         ran = run("record", *GIVEN, "--out", out)
     said = f"minstep: stopped after {ORDER[-1]}: the same command goes on from there\n"
     assert (ran.code, ran.err) == (130, said) and names(tmp_path) == [".out.parts"]
@@ -578,13 +585,18 @@ def test_whatever_a_recording_depends_on_makes_its_parts_those_of_another(
     assert "resuming after" in run(*given[:-1], moved, "--out", out).err
 
 
-@pytest.mark.parametrize("kind", ["changed", "truncated", "removed"])
-@pytest.mark.parametrize("which", ["00002.safetensors", "state-00004.safetensors"])
+@pytest.mark.parametrize("kind", ["changed", "miscounted", "truncated", "removed"])
+@pytest.mark.parametrize("which", ["00002.safetensors", "state.safetensors"])
 def test_damaged_parts_are_refused(kind: str, which: str, begun: Path, refused: Refused) -> None:
     file = begun.parent / ".out.parts" / which
     raw = file.read_bytes()
-    if kind == "removed":
-        file.unlink()
+    if kind == "removed":  # without the state nothing says that the parts count
+        (file if which != "state.safetensors" else file.parent / "00004.safetensors").unlink()
+        which = "0000"
+    elif kind == "miscounted":
+        count = b'\\"done\\": '
+        place = raw.index(count) + len(count)
+        file.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
     else:
         file.write_bytes(raw[:-1] if kind == "truncated" else raw[:-1] + bytes([raw[-1] ^ 1]))
     naming = (str(begun.parent / ".out.parts"), which, "remove", "to begin again")
@@ -595,61 +607,52 @@ def test_damaged_parts_are_refused(kind: str, which: str, begun: Path, refused: 
 @pytest.mark.parametrize(
     "content",
     [
+        None,
         "",
         "{",
         "[" * 100_000,
-        "\xff",
         "[]",
         "{}",
         '{"recording": 3}',
         '{"recording": {}, "done": 1}',
     ],
 )
-def test_a_journal_that_record_did_not_write_is_refused(
-    content: str, begun: Path, refused: Refused
+def test_a_state_that_record_did_not_write_is_refused(
+    content: str | None, begun: Path, refused: Refused
 ) -> None:
-    journal = begun.parent / ".out.parts" / "run.json"
-    journal.write_text(content, encoding="latin-1")
-    naming = (str(journal), f"remove {journal.parent} to begin again")
+    folder = begun.parent / ".out.parts"
+    state = load_file(folder / "state.safetensors")
+    forged(folder / "state.safetensors", state, content)
+    naming = (str(folder / "state.safetensors"), f"remove {folder} to begin again")
     refused("record", *GIVEN, "--out", begun, naming=naming)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda run: run["done"].pop(),
-        lambda run: run["done"].pop(1),
-        lambda run: run["done"].clear(),
-        lambda run: run["done"].reverse(),
-        lambda run: run["done"].append(run["done"][-1]),
-        lambda run: run["done"].append(None),
-        lambda run: run["done"].insert(1, "model.layers.99"),
-        lambda run: run["done"].__setitem__(1, {"stage": 3}),
-        lambda run: run.update(done="four"),
-        lambda run: run.update(done=None),
-        lambda run: run.update(state=None),
-        lambda run: run.update(state=run["done"][-1]),
-        lambda run: run.pop("state"),
-        lambda run: run.pop("done"),
-    ],
-)
-def test_a_journal_that_is_damaged_within_is_refused(
-    change: Callable[[Any], object], begun: Path, refused: Refused
+@pytest.mark.parametrize("done", [-1, 0, 6, 10**9, "four", None, [5], "5.5"])
+def test_a_count_of_stages_that_the_parts_do_not_bear_out_is_refused(
+    done: Any, begun: Path, refused: Refused
 ) -> None:
-    journal = begun.parent / ".out.parts" / "run.json"
-    run = json.loads(journal.read_text())
-    change(run)
-    journal.write_text(json.dumps(run))
-    naming = (f"{journal.parent}/", f"remove {journal.parent} to begin again")
+    folder = begun.parent / ".out.parts"
+    state = load_file(folder / "state.safetensors")
+    forged(folder / "state.safetensors", state, run_of(folder, done))
+    naming = (str(folder), f"remove {folder} to begin again")
     refused("record", *GIVEN, "--out", begun, naming=naming)
     assert not begun.exists()
 
 
-def _forged(folder: Path, name: str, tensors: dict[str, Any]) -> int:
-    """Write one of the parts anew; returns its checksum."""
-    file = folder / name
-    save(tensors, file)
-    return zlib.crc32(file.read_bytes())
+def run_of(folder: Path, done: Any) -> str:
+    """What the parts say of their run, with another count of stages."""
+    with safe_open(folder / "state.safetensors", "numpy") as opened:
+        return json.dumps(json.loads(opened.metadata()["run"]) | {"done": done})
+
+
+def forged(file: Path, tensors: dict[str, Any], run: str | None) -> None:
+    """Write one of the parts anew, with a checksum that fits."""
+    checksum = zlib.crc32((run or "").encode())
+    for _, x in sorted(tensors.items()):
+        bits = x.bits if isinstance(x, BF16Array) else x
+        checksum = zlib.crc32(np.ascontiguousarray(bits), checksum)
+    said = {} if run is None else {"run": run}
+    save(tensors, file, crc32=str(checksum), **said)
 
 
 BF16 = BF16Array(np.zeros((8, 64), np.uint16))
@@ -673,9 +676,8 @@ def test_a_state_that_the_next_stage_cannot_take_is_refused(
     kind: str, begun: Path, refused: Refused
 ) -> None:
     folder = begun.parent / ".out.parts"
-    journal = json.loads((folder / "run.json").read_text())
-    journal["state"] = _forged(folder, "state-00004.safetensors", {"state": STATES[kind]})
-    (folder / "run.json").write_text(json.dumps(journal))
+    run = run_of(folder, 5)
+    forged(folder / "state.safetensors", {"state": STATES[kind]}, run)
     refused("record", *GIVEN, "--out", begun, naming=(f"remove {folder} to begin again",))
     assert not begun.exists()
 
@@ -695,16 +697,12 @@ def test_parts_that_no_stage_gives_are_refused(
     first: int, count: int, tensors: Tensors | None, begun: Path, refused: Refused
 ) -> None:
     folder = begun.parent / ".out.parts"
-    journal = json.loads((folder / "run.json").read_text())
     held = load_file(folder / "00003.safetensors") if tensors is None else tensors
     for n in range(first, first + count):
-        journal["done"][n:] = [
-            _forged(folder, f"{n:05}.safetensors", held),
-            *journal["done"][n + 1 :],
-        ]
-    state = folder / "state-00004.safetensors"
-    state.rename(folder / f"state-{len(journal['done']) - 1:05}.safetensors")
-    (folder / "run.json").write_text(json.dumps(journal))
+        forged(folder / f"{n:05}.safetensors", held, run_of(folder, n + 1))
+    done = max(5, first + count)
+    state = load_file(folder / "state.safetensors")
+    forged(folder / "state.safetensors", state, run_of(folder, done))
     refused("record", *GIVEN, "--out", begun, naming=(f"{folder}: ", "to begin again"))
     assert not begun.exists()
 
@@ -749,7 +747,7 @@ def test_a_file_that_comes_into_the_parts_meanwhile_stays(
     assert run("record", *given).code == 2 and mine.read_text() == "mine"
 
 
-@pytest.mark.skipif(files.fcntl is None, reason="needs file locks")
+@pytest.mark.skipif(output.fcntl is None, reason="needs file locks")
 def test_two_runs_to_one_output_do_not_meet(
     tmp_path: Path, run: Run, refused: Refused, uninterrupted: bytes
 ) -> None:
@@ -829,7 +827,6 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     (tmp_path / "folder").mkdir()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     watch(monkeypatch, lambda name: name != L + "0" or pytest.fail("the work was done"))
-    monkeypatch.setattr(lab_record, "walk", lambda *_: pytest.fail("the work was done"))
     before = names(tmp_path)
     naming = ("out" if not place else str(tmp_path / place), "" if not place else "cannot be")
     refused("record", *GIVEN, "--out", tmp_path / place if place else "", naming=naming)
@@ -976,7 +973,7 @@ def test_memory_holds_one_layer_whatever_their_number(tmp_path: Path) -> None:
         tokens = [3] * 400
         job = plan(checkpoint, tokens, np.float32, globs=["*"])
         tracemalloc.start()
-        record_file(job, tmp_path / f"{count}.out", lambda text: None)
+        record_file(job, tmp_path / f"{count}.out")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     sizes = [(tmp_path / f"{count}.out").stat().st_size for count in (4, 24)]
@@ -991,7 +988,7 @@ def test_memory_holds_the_logits_once(run: Run, tmp_path: Path) -> None:
     assert run("make-tiny", tmp_path / "config.json", "--out", made) == (0, "", "")
     job = plan(minstep.open_checkpoint(made), [3] * 400, np.float32, globs=["lm_head"])
     tracemalloc.start()
-    record_file(job, tmp_path / "out", lambda text: None)
+    record_file(job, tmp_path / "out")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     logits = 400 * 40_000 * 4
@@ -1045,7 +1042,7 @@ def test_the_bar_counts_the_bytes_of_the_experts_that_were_chosen(
         def __call__(self, done: int) -> None:
             shown.append((self.label, done, self.total))
 
-    monkeypatch.setattr(lab_record, "Progress", Bar)
+    monkeypatch.setattr(minstep.cli.parity, "Progress", Bar)
     out = tmp_path / "out"
     assert (
         run("record", *GIVEN, "--names", "lm_head", "--names", "*.moe.ids", "--out", out).code == 0

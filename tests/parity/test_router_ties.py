@@ -8,14 +8,13 @@ import pytest
 from minstep.config import MoESpec
 from minstep.fast.bf16 import BF16Array, to_bf16
 from minstep.moe import MoEWeights, route
+from minstep.parity.diff import routers_of
 from minstep.parity.router_ties import (
     Choice,
     Choose,
     choice,
-    choice_without_bias,
     chooser,
     roundoff,
-    routers_of,
     score_scale,
 )
 from tests.conftest import GOLDEN
@@ -67,9 +66,6 @@ def test_what_their_own_logits_give_is_right_however_far_those_are_from_ours(
     assert np.array_equal(found.ids, theirs)
     assert np.array_equal(found.tied, (ids != theirs).any(axis=-1)) and not found.unsure.any()
     assert found.tied.any() == (error == 0.05)
-    for known in (margin, None):
-        blind = choice_without_bias(ids, known, gate, other, theirs, 1e-9)
-        assert np.array_equal(blind.ids, theirs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -80,13 +76,9 @@ def test_what_their_own_logits_do_not_give_is_wrong(dtype: str) -> None:
         theirs = chosen(weights._replace(router_bias=bug), gate)
         wrong = (theirs != ids).any(axis=-1)
         assert wrong.sum() > T / 2
-        for found in (
-            choice(chooser(weights, SPEC), ids, gate, other, theirs, 0.03),
-            choice_without_bias(ids, margin, gate, other, theirs, 0.03),
-            choice_without_bias(ids, None, gate, other, theirs, 0.03),
-        ):
-            assert found.tied.sum() < T / 8  # whatever the rest of the tensors may be off by
-            assert np.array_equal(found.ids[~found.tied], ids[~found.tied])
+        found = choice(chooser(weights, SPEC), ids, gate, other, theirs, 0.03)
+        assert found.tied.sum() < T / 8  # whatever the rest of the tensors may be off by
+        assert np.array_equal(found.ids[~found.tied], ids[~found.tied])
 
 
 def swapped(ids: Any, gate: Any, weights: MoEWeights, place: int) -> Any:
@@ -100,16 +92,15 @@ def test_without_their_logits_each_expert_swapped_is_within_a_typical_error_of_t
     weights, gate, ids, margin = case()
     tolerance = 0.03
     off = tolerance / 3 * np.abs(gate).max()  # a third of the largest error is a typical one
-    judges: tuple[Any, ...] = (
-        lambda theirs: choice(chooser(weights, SPEC), ids, gate, None, theirs, tolerance),
-        lambda theirs: choice_without_bias(ids, margin, gate, None, theirs, tolerance),
-    )
+
+    def judge(theirs: Any) -> Choice:
+        return choice(chooser(weights, SPEC), ids, gate, None, theirs, tolerance)
+
     close, far = swapped(ids, gate, weights, 0), swapped(ids, gate, weights, 10)
     few = np.arange(T) % 3 == 0
-    for judge in judges:
-        assert 0 < judge(np.where(few[:, None], close, ids)).tied.sum() < few.sum()
-        assert not judge(np.where(few[:, None], far, ids)).tied.any()
-    tied = judges[0](np.where(few[:, None], close, ids)).tied
+    assert not judge(np.where(few[:, None], far, ids)).tied.any()
+    tied = judge(np.where(few[:, None], close, ids)).tied
+    assert 0 < tied.sum() < few.sum()
     scores = 1 / (1 + np.exp(-gate))
     order = np.argsort(-(scores + weights.router_bias), axis=-1)[:, A - 1 : A + 1]
     cut = np.take_along_axis(scores, order, axis=-1)  # [T, 2]: the last chosen, the first rejected
@@ -122,11 +113,7 @@ def test_where_most_rows_would_be_ties_none_is() -> None:
     close = np.argsort(margin)[:8]
     theirs = swapped(ids, gate, weights, 0)[close]
     gate, ids, margin = gate[close], ids[close], margin[close]
-    for judged in (
-        choice(chooser(weights, SPEC), ids, gate, None, theirs, 0.2),
-        choice_without_bias(ids, margin, gate, None, theirs, 0.2),
-    ):
-        assert not judged.tied.any()
+    assert not choice(chooser(weights, SPEC), ids, gate, None, theirs, 0.2).tied.any()
     three = choice(chooser(weights, SPEC), ids[:3], gate[:3], None, theirs[:3], 0.2)
     assert three.tied.all()  # of so few, all may be
 
@@ -155,21 +142,6 @@ def test_without_their_experts_these_are_what_their_logits_give() -> None:
     nothing = choice(chooser(weights, SPEC), ids, gate, None, None, 0.03)
     assert np.array_equal(nothing.ids, ids) and not nothing.tied.any()
     assert nothing.unsure[margin < 1e-3].all() and not nothing.unsure[margin > off / 2 + 1e-5].any()
-    seen = choice_without_bias(ids, margin, gate, other, None, 0.03)
-    differ = (chosen(weights, other) != ids).any(axis=-1)
-    assert seen.unsure[differ].all() and seen.unsure.sum() < T / 2
-
-
-def test_without_logits_only_the_margin_tells_and_without_it_nothing() -> None:
-    weights, gate, ids, margin = case()
-    theirs = np.where(np.arange(T)[:, None] % 3 == 0, swapped(ids, gate, weights, 0), ids)
-    differs = (theirs != ids).any(axis=-1)
-
-    def tied(margin: Any) -> Choice:
-        return choice_without_bias(ids, margin, None, None, theirs, 0.03)
-
-    assert np.array_equal(tied(margin).tied, differs & (margin <= 0.03 / 4 + 1e-6))
-    assert not tied(None).tied.any() and np.array_equal(tied(None).ids, ids)
 
 
 def test_the_precision_of_logits_is_seen_whatever_they_are_stored_as() -> None:

@@ -13,7 +13,7 @@ import minstep
 from minstep import find_config
 from minstep.config import parse_config
 from minstep.store.inspect import expected
-from minstep.store.stages import some_weights
+from minstep.store.shards import some_weights
 from tests.conftest import GOLDEN, Refused, Run
 
 TINY = GOLDEN / "tiny" / "bf16"  # layers 0 and 1 are dense, 2 to 7 have experts, 8 to 10 are MTP

@@ -173,7 +173,7 @@ def test_first_weights_have_the_spread_of_their_inputs_and_depth(name: str) -> N
         assert abs(float(x.mean())) < 6 * (variance / x.size) ** 0.5, tensor
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_first_tenth_of_the_shipped_run_goes_as_its_log_says() -> None:
     folder = find_config("trained")
     rows = [row for row in read_log(folder / "log.txt") if row.step <= 200]

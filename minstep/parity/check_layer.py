@@ -1,25 +1,26 @@
-"""One layer run again, alone, from the input that another engine recorded.
+"""One layer run alone from the input that another engine recorded, and held against its recording.
 
 The code that runs is the model's own, or a variant of it that has a porting bug.
-Checked by: tests/parity/test_layer.py
+Checked by: tests/parity/test_check_layer.py
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from minstep.config import LayerSpec
 from minstep.errors import InputError, shown
+from minstep.linear import Weight
 from minstep.model import BlockWeights, ModelWeights
-from minstep.parity.compare import fitted
-from minstep.parity.known_bugs import Variant, variant
-from minstep.parity.recording import Recording
+from minstep.parity.compare import TOLERANCES, Comparison, compare_all, fitted
+from minstep.parity.engine_tensors import Recording, align, check_forms, config_widths, derived
+from minstep.parity.names import is_weight, mtp_layers
 from minstep.parity.router_ties import Choice, Choose, are_experts, choice, chooser
-from minstep.parity.trace import Trace
+from minstep.parity.variants import Variant, variant
 from minstep.store.checkpoint import Checkpoint
-from minstep.store.stages import EMBEDDING, HEAD
+from minstep.store.stages import EMBEDDING, HEAD, split
 from minstep.tap import Array, ScopedTap
 from minstep.weights import Get, Shape
 
@@ -44,7 +45,7 @@ class Rerun:
     ) -> None:
         self.theirs, self.wants, self.tolerance = theirs, wants, tolerance
         self.then, self.main = then, main
-        self.tensors: Trace = {}
+        self.tensors: dict[str, Array] = {}
         self.ties = 0
         self.gate: Array = np.zeros((0, 0))  # [T, E], the router's logits
         self.choose: Choose
@@ -189,3 +190,94 @@ def run_layer(
 def weight_of(module: str, is_tied: bool) -> str:
     """The weight of `module`, which stands before or after the layers."""
     return f"{EMBEDDING if module == HEAD and is_tied else module}.weight"
+
+
+def leading(checkpoint: Checkpoint) -> Get:
+    """Where weights come from when a bug asks for fewer heads than there are: the first of them."""
+
+    def get(name: str, shape: Shape) -> Weight:
+        tensor = checkpoint.tensors.get(name)
+        stored = tensor.shape if tensor else shape
+        weight = checkpoint.get(name, stored)
+        return weight if stored == shape else weight[tuple(slice(size) for size in shape)]
+
+    return get
+
+
+class Checked(NamedTuple):
+    """What came of one layer: a comparison for each tensor, in the model's order.
+
+    `ties`: how many of the `tokens` went on with the recorded experts, which only a tie parts from
+    ours. `others`: what the recording has of the layer and nothing here computes.
+    """
+
+    layer: int
+    tolerance: float
+    comparisons: list[Comparison]
+    tokens: int
+    ties: int
+    others: list[str]
+
+    @property
+    def first(self) -> Comparison | None:
+        """The first tensor that departs."""
+        return next((c for c in self.comparisons if not c.is_match), None)
+
+
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused by name
+def check_layer(
+    checkpoint: Checkpoint,
+    n: int,
+    theirs: Recording,
+    dtype: DTypeLike = np.float32,
+    tolerance: float | None = None,
+) -> Checked:
+    """Run layer n from its recorded input, and compare every tensor that the recording has of it.
+
+    The recording is taken to be of a whole prompt. Only this layer's weights are read, and for an
+    MTP layer the embedding; what stands before and after the layers is compared where its weights
+    are there. `tolerance`: in place of the one of the less precise engine's dtype. Raises
+    InputError where the recording lacks the input or every output, or is of another model or
+    prompt, and as check_forms does.
+    """
+    check_forms((theirs,), checkpoint.config, {n})
+    state = layer_input(checkpoint, n, theirs, dtype)
+    if tolerance is None:
+        tolerance = max(TOLERANCES[np.dtype(dtype).name], TOLERANCES[theirs.engine_dtype])
+    run = Rerun(theirs, wanted(checkpoint, theirs), tolerance)
+    run_layer(variant(), checkpoint, n, state, run)
+    names, ours = comparable(checkpoint, run, np.dtype(dtype).name)
+    if not names:
+        at = f"model.layers.{n}"
+        raise InputError(f"{theirs.path}: has no tensor of layer {n}, expected such as {at}")
+    mtp = mtp_layers((), checkpoint.config)
+    found = list(compare_all(ours, theirs, names, tolerance, mtp, judge=run.judge))
+    used = {term.source for name in names for term in theirs.forms[name]}
+    there = [name for name in theirs.names if split(name)[0] == n and not is_weight(name)]
+    others = {theirs.source(name) for name in there if split(name)[1] != "input"}
+    return Checked(n, tolerance, found, len(state), run.ties, sorted(others - used))
+
+
+def comparable(checkpoint: Checkpoint, run: Rerun, dtype: str) -> tuple[list[str], Recording]:
+    """The names of what compares of a run, in the model's order; what it kept, as a recording."""
+    ours = Recording("minstep", run.tensors, engine_dtype=dtype)
+    return align(ours, run.theirs, checkpoint.config), ours
+
+
+def wanted(checkpoint: Checkpoint, theirs: Recording) -> Callable[[str], bool]:
+    """Which of our tensors to keep: what the recording has, and what comparing that takes."""
+    config = checkpoint.config
+    widths = config_widths(config)
+    factor = next((spec.moe.scaling_factor for spec in config.layers if spec.moe), None)
+    weights = {m: weight_of(m, config.tie_word_embeddings) for m in (EMBEDDING, NORM, HEAD)}
+
+    def wants(name: str) -> bool:
+        part = split(name)[1]
+        if part in ("moe", "share_expert") and name.replace(part, "mlp") in theirs.forms:
+            return True
+        module = HEAD if part.endswith("head.output") and not checkpoint.has_own_heads() else name
+        if module in weights and weights[module] not in checkpoint.tensors:
+            return False
+        return derived(name, theirs.forms, factor, widths) is not None
+
+    return wants

@@ -11,8 +11,7 @@ from safetensors.numpy import save_file
 import minstep
 from minstep.errors import InputError
 from minstep.fast.bf16 import BF16Array, to_bf16
-from minstep.parity.pairs import align
-from minstep.parity.recording import Recording, open_recording
+from minstep.parity.engine_tensors import Recording, align, open_recording
 from minstep.parity.trace import Trace, record
 from tests.model.test_golden import GOLDEN, WEIGHTS, meta
 from tests.support.recordings import as_transformers, as_vllm, layers_of, rounded, save

@@ -12,14 +12,22 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import minstep
-from minstep.parity.checks import Checks, checkable, checks_table
+from minstep.parity.check_layer import Checked, Rerun, layer_input, run_layer
 from minstep.parity.compare import Comparison
-from minstep.parity.explain import Trial, explain, leading, not_tried, reaches
-from minstep.parity.known_bugs import ALL, FOOTGUNS, Footgun, variant
-from minstep.parity.layer import Checked
-from minstep.parity.recording import Recording
-from minstep.parity.rerun import Rerun, layer_input, run_layer
+from minstep.parity.diagnosis import (
+    Checks,
+    Trial,
+    checkable,
+    checks_table,
+    explain,
+    leading,
+    not_tried,
+    reaches,
+)
+from minstep.parity.engine_tensors import Recording
+from minstep.parity.known_bugs import ALL, FOOTGUNS, Footgun
 from minstep.parity.trace import Recorder, Trace
+from minstep.parity.variants import variant
 from tests.conftest import GOLDEN, Ran, Refused, Run
 from tests.support.recordings import as_transformers, as_vllm, rounded, save
 
@@ -198,7 +206,7 @@ def test_the_worst_tensor_of_all_layers_is_told_by_its_largest_error(tiny: Trace
 
     rows = [row(f"{L}2", 0.01, 0.009), row(f"{L}3.moe", 0.08, 0.001), row(f"{L}3", 0.02, 0.01)]
     layers = [Checked(n, 0.1, rows[m:end], 3, 0, []) for n, m, end in ((2, 0, 1), (3, 1, 3))]
-    table = checks_table(Checks(Recording("theirs", tiny), layers, {}, {}))
+    table = checks_table(Checks(layers, {}, {}))
     said = "match: 2 layers, 3 tensors within 0.1 (worst 8.0e-02 at model.layers.3.moe)"
     assert table.splitlines()[-1] == said
 
@@ -312,13 +320,13 @@ def test_a_fused_projection_with_too_few_query_heads_is_named(check: Check) -> N
 def test_where_nothing_could_be_compared_there_is_no_verdict(
     tiny: Trace, check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = minstep.parity.layer.compare_all
+    real = minstep.parity.check_layer.compare_all
 
     def emptied(*arguments: Any, **how: Any) -> Any:
         for row in real(*arguments, **how):
             yield row._replace(shape=(0, *row.shape[1:]), left_out=3)
 
-    monkeypatch.setattr("minstep.parity.layer.compare_all", emptied)
+    monkeypatch.setattr("minstep.parity.check_layer.compare_all", emptied)
     ran = check(tiny, "--layer", 3)
     assert ran.out.splitlines()[-1].startswith("no verdict: 1 layer, of which no tensor")
 
@@ -332,7 +340,7 @@ def test_a_bug_that_shows_in_every_layer_is_tried_first_on_the_next(
         tried.append(len(arguments[4]) if len(arguments) > 4 else len(ALL))
         return explain(*arguments, **how)
 
-    monkeypatch.setattr("minstep.parity.checks.explain", counting)
+    monkeypatch.setattr("minstep.parity.diagnosis.explain", counting)
     bug = next(footgun for footgun in ALL if footgun.bug == "window one too long")
     ran = check(hooked(traced(TINY, bug)), "--all")
     assert ran.code == 1
@@ -345,7 +353,7 @@ def test_a_bug_that_shows_in_every_layer_is_tried_first_on_the_next(
 def test_bugs_whose_lines_were_edited_are_not_tried_which_is_said_once(
     check: Check, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = minstep.parity.known_bugs.source
+    real = minstep.parity.variants.source
 
     def edited(name: str) -> str:
         return real(name).replace("spec.window, tap)", "spec.window,  tap)")
@@ -355,7 +363,7 @@ def test_bugs_whose_lines_were_edited_are_not_tried_which_is_said_once(
         for bug in ("gate as SiLU, not sigmoid", "window one too long")
     )
     traces = [hooked(traced(TINY, footgun)) for footgun in (silu, window)]
-    monkeypatch.setattr("minstep.parity.known_bugs.source", edited)
+    monkeypatch.setattr("minstep.parity.variants.source", edited)
     not_tried = "not tried: 3 known bugs, whose lines in minstep/attention.py were changed"
     found, unknown = (check(trace, "--layer", "2-3") for trace in traces)
     assert found.code == unknown.code == 1
@@ -402,8 +410,8 @@ def test_the_bugs_named_are_those_that_explain_most_and_nearly_as_well_as_the_be
         found = trials[bugs.index(footgun)]
         return found and Trial(footgun, *found)
 
-    monkeypatch.setattr("minstep.parity.explain._try", tried)
-    monkeypatch.setattr("minstep.parity.explain.reaches", lambda *_: True)
+    monkeypatch.setattr("minstep.parity.diagnosis._try", tried)
+    monkeypatch.setattr("minstep.parity.diagnosis.reaches", lambda *_: True)
     departs = Comparison(f"{L}3.moe", (3, 4), 1.0, 1.0, 1.0, None, False, 0.1)
     checked, theirs = Checked(3, 0.1, [departs], 3, 0, []), Recording("theirs", tiny)
     found = explain(minstep.open_checkpoint(TINY), theirs, checked, footguns=bugs)

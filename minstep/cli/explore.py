@@ -1,6 +1,6 @@
-"""`minstep lab mtp` and `minstep lab router`: flags, held-out text, and what is printed; no maths.
+"""Watching a model at work: `walk`, `view` and `lab`, from arguments to what is printed; no maths.
 
-Checked by: tests/cli/test_lab.py
+Checked by: tests/explore/test_walk.py, tests/explore/test_view.py, tests/cli/test_lab.py
 """
 
 from argparse import Namespace
@@ -13,29 +13,115 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from minstep.cli.arguments import FLOATS, add_command, add_model, at_least, path, seed
-from minstep.cli.generate import Model, open_model
-from minstep.cli.terminal import Progress, print_json, print_text
+from minstep.cli.arguments import FLOATS, add_command, add_model, add_prompt, at_least, path, seed
+from minstep.cli.generate import Model, note_shipped, open_model, prompt_tokens
+from minstep.cli.terminal import Progress, note, print_json, print_text, wrote
 from minstep.config import Config
-from minstep.draw.charts import bar_chart, load_chart
 from minstep.errors import InputError
-from minstep.explore.acceptance import WAYS, agreements, beginnings, draft, mtp_report, mtp_table
-from minstep.explore.bits import bits_report, bits_table
+from minstep.explore.acceptance import (
+    WAYS,
+    agreements,
+    beginnings,
+    draft,
+    mtp_chart,
+    mtp_report,
+    mtp_table,
+)
+from minstep.explore.baselines import bits_report, bits_table
 from minstep.explore.expert_loads import (
+    WITH,
+    WITHOUT,
     layer_table,
     routed,
+    router_chart,
     router_report,
     router_table,
     without_bias,
 )
-from minstep.store.files import atomic_file, check_output
+from minstep.explore.logit_lens import open_lens
+from minstep.explore.view import page, page_data
+from minstep.explore.walk import last_stage, take_walk, walk_report, walk_text, walk_weights
+from minstep.parity.engine_tensors import open_recording
+from minstep.parity.facts import read_facts
+from minstep.store.checkpoint import open_checkpoint
+from minstep.store.config_file import find_config, read_config
+from minstep.store.json_file import read_json
+from minstep.store.output import atomic_file, check_output
+from minstep.store.shards import numbered
 from minstep.store.stages import spans
 from minstep.text.tokenizer import text_of
 from minstep.train.data import encode_documents, read_corpus
 from minstep.train.documents import file_documents
+from minstep.validation import check_prompt
 
 WINDOW = 512  # tokens read at once, as long as the model has positions for them
-WITH, WITHOUT = "with the router bias", "without it"
+WALKED = "The with statement"  # the prompt of a walk where none is given
+
+
+def add_walk(command: Callable[..., Any]) -> None:
+    """Add `walk` to the parser."""
+    text, example = "follow one token through the model, step by step", "--layer 4"
+    add = command("walk", run_walk, text, example)
+    add_model(add)
+    add_prompt(add, WALKED)
+    text = "every step inside this layer; MTP layers come after the main ones"
+    add.add_argument("--layer", type=at_least(0), metavar="N", help=text)
+    text = "which token of the prompt to follow, from 0 (the last one)"
+    add.add_argument("--position", type=at_least(0), metavar="N", help=text)
+    add.add_argument("--dtype", **FLOATS, help="of every activation")
+    add.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run_walk(args: Namespace) -> None:
+    """Print the steps of one token, and what comes next."""
+    model = open_model(args.model)
+    config, folder = model.config, model.checkpoint.path
+    raw, tokens = read_config(str(folder))[0], prompt_tokens(args, model.tokenizer, "walk")
+    check_prompt(tokens, config)
+    position = len(tokens) - 1 if args.position is None else args.position
+    if position >= len(tokens):
+        message = f"the prompt has {len(tokens)} tokens, expected 0 to {len(tokens) - 1}"
+        raise InputError(f"--position {position}: {message}")
+    if args.layer is not None:
+        numbered([range(args.layer, args.layer + 1)], config, "--layer")
+    weights = walk_weights(model.checkpoint, args.layer)
+    note_shipped(args.model)
+    if raw != read_json(folder / "config.json"):
+        note("minstep: config.json has transformers' keys, the walk names the hub's in their place")
+    with Progress("walking", last_stage(config, args.layer) + 1, "layers") as bar:
+        dtype = np.dtype(args.dtype)
+        walk = take_walk(tokens, weights, config, position, args.layer, dtype, bar)
+    if args.layer is not None and not any(step.name.endswith(".probs") for step in walk.steps):
+        note("minstep: self_attn.probs is left out: for this many tokens it is too large to hold")
+    report = walk_report(walk, position, args.layer, config, raw, model.tokenizer)
+    print_json(report) if args.json else print_text(walk_text(report))
+
+
+def add_view(command: Callable[..., Any]) -> None:
+    """Add `view` to the parser."""
+    text, example = "show a trace as one HTML page", "trace.safetensors --out page.html"
+    add = command("view", run_view, text, example)
+    add.add_argument("trace", type=path, metavar="TRACE", help="what `trace` or `record` wrote")
+    text = "checkpoint of the trace, whose head the logit lens uses (the shipped one, if it fits)"
+    add_model(add, text)
+    add.add_argument("--out", type=path, required=True, metavar="FILE.html")
+
+
+def run_view(args: Namespace) -> None:
+    """Write the page."""
+    recording = open_recording(args.trace)
+    facts, checkpoint = read_facts(recording), open_checkpoint(args.model or find_config("trained"))
+    if checkpoint.owns(args.out):
+        raise InputError(f"--out {args.out}: belongs to the checkpoint, expected another file")
+    try:
+        model = open_lens(checkpoint, recording, facts)
+    except InputError:
+        if args.model:
+            raise
+        model = None
+    with atomic_file(args.out) as temporary:
+        temporary.write_bytes(page(page_data(recording, facts, model)).encode(errors="replace"))
+    wrote(args.out, ": open it in a browser")
 
 
 def add_labs(command: Callable[..., Any]) -> None:
@@ -123,9 +209,9 @@ def run_lab_router(args: Namespace) -> None:
     tokens = [token for window in windows for token in window]
     with _chart(args, "router.svg") as chart:
         weights, chosen = model.load(0), {}
-        for name, its in ((WITH, weights), (WITHOUT, without_bias(weights))):
+        for name, each in ((WITH, weights), (WITHOUT, without_bias(weights))):
             with Progress(name, len(tokens), "tokens") as bar:
-                chosen[name] = routed(windows, its, config, dtype, bar)
+                chosen[name] = routed(windows, each, config, dtype, bar)
         words = partial(_words, tokenizer)
         report = router_report(tokens, chosen[WITH], chosen[WITHOUT], weights, config, words)
         if chart:
@@ -136,24 +222,6 @@ def run_lab_router(args: Namespace) -> None:
         print_text(router_table(report))
     else:
         print_text(layer_table(report["layers"][numbers.index(args.layer)]))
-
-
-def mtp_chart(report: dict[str, Any]) -> str:
-    """The share of drafts kept by depth, for each way to draft, as SVG text."""
-    groups: dict[str, dict[str, float]] = {}
-    for name, way in report["ways"].items():
-        for k, kept in enumerate(way["kept"], start=1):
-            groups.setdefault(f"depth {k}", {})[name] = kept
-    return bar_chart("Share of drafts that the main model keeps", groups)
-
-
-def router_chart(report: dict[str, Any]) -> str:
-    """The load of each expert of each layer, with the router bias and without it, as SVG text."""
-    loads = {
-        title: {layer["layer"]: np.array(layer[key]["load"]) for layer in report["layers"]}
-        for title, key in ((WITH, "on"), (WITHOUT, "off"))
-    }
-    return load_chart("How many tokens each expert gets", loads)
 
 
 def text_tokenizer(args: Namespace, model: Model) -> Tokenizer:

@@ -1,15 +1,16 @@
-"""Recordings: safetensors files of what an engine computed, read a tensor at a time by our names.
+"""What another engine computed: a safetensors file, read a tensor at a time by our names.
 
-Any safetensors file is one. Metadata may say what it is from: `tokens`, a JSON list of the prompt's
-ids, and `dtype`, what the engine computed in.
-Checked by: tests/parity/test_recording.py
+Our tensors are made of those that the engine wrote: fused, summed or unscaled ones. Metadata may
+say what they are from: `tokens`, a JSON list of the prompt's ids, and `dtype`, what the engine
+computed in.
+Checked by: tests/parity/test_engine_tensors.py
 """
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -19,14 +20,17 @@ from minstep.errors import InputError, shown
 from minstep.fast.bf16 import BF16Array
 from minstep.fast.pages import DONTNEED, Map, Pages
 from minstep.keys import MAX_INTEGER
-from minstep.parity.forms import Term, stored_forms
 from minstep.parity.names import (
     HEADS,
     axes,
     in_model_order,
     is_known,
     is_weight,
+    is_wrapper,
+    model_order,
     mtp_layers,
+    places,
+    sums_experts,
 )
 from minstep.store.header import map_file, open_header
 from minstep.store.json_file import strict_json
@@ -36,12 +40,28 @@ from minstep.validation import NotFinite, flaw
 
 STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"}
 STORED |= {f"{kind.upper()}{n * 8}": f"<{kind}{n}" for kind in "iu" for n in (1, 2, 4, 8)}
-MOST_EXPERTS = 4096  # of a layer: where biases are not known, all pairs of experts are compared
+MOST_EXPERTS = 4096  # of a layer, far above any model: where nothing says how many there are
 FLOATS = ("bfloat16", "float16", "float32", "float64")  # the least precise first
 
 PER_EXPERT = ("moe.gate_proj", "moe.up_proj", "moe.down_proj")  # one expert's, or those of all
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")  # in the order in which they are fused
+Shapes = Mapping[str, tuple[int, ...]]
 Stored = NDArray[np.generic] | BF16Array
+
+
+class Term(NamedTuple):
+    """A stored tensor, or entries `start` to `stop` along `axis` of it, times `scale`."""
+
+    source: str
+    scale: float = 1.0
+    start: int = 0
+    stop: int | None = None
+    axis: int = -1
+
+
+Form = tuple[Term, ...]  # one of our tensors is the sum of its terms
+Widths = Mapping[int, tuple[int, int]]  # layer -> columns of its queries, and of its keys
 
 
 class Recording:
@@ -63,7 +83,7 @@ class Recording:
     ) -> None:
         self.path, self.stored, self.tokens, self._mapped = path, stored, tokens, mapped
         self.metadata = metadata or {}
-        self.forms = stored_forms(path, {name: x.shape for name, x in stored.items()})
+        self.forms = _stored_forms(path, {name: x.shape for name, x in stored.items()})
         self.engine_dtype = engine_dtype or _least_precise(stored.values())
         self.rows = len(tokens) if tokens else self._rows()
         self._layer_rows: dict[int, int] | None = None
@@ -239,6 +259,20 @@ def open_recording(path: Path) -> Recording:
     return Recording(path, stored, tokens, engine, mapped, header.metadata)
 
 
+def check_model(recording: Recording, config: Config) -> None:
+    """Raise InputError where a recording has layers or widths that the config does not."""
+    count = len(config.layers) + len(config.mtp_layers)
+    for name in recording.names:
+        layer, part = split(name)
+        where = f"{recording.path}: tensor {shown(recording.source(name))}"
+        if layer is not None and layer >= count:
+            raise InputError(f"{where}: expected layers 0 to {count - 1}: it is of another model")
+        if part == "input_layernorm" and recording.shape(name)[-1:] != (config.hidden_size,):
+            found, D = list(recording.shape(name)), config.hidden_size
+            message = f"expected [positions, {D}]: it is of another model"
+            raise InputError(f"{where} has shape {found}, {message}")
+
+
 def check_forms(
     recordings: Sequence[Recording],
     config: Config | None = None,
@@ -352,3 +386,124 @@ def _engine(path: Path, metadata: dict[str, str]) -> str | None:
         return dtype and dtype.removeprefix("torch.")
     expected = ", ".join(FLOATS)
     raise InputError(f"{path}: metadata dtype is {dtype!r:.80}, expected one of {expected}")
+
+
+def _stored_forms(path: Path | str, shapes: Shapes) -> dict[str, Form]:
+    """Our names of a file's tensors. Raises InputError where two of them have the same one.
+
+    `shapes` are by the file's names. Of a module and its last part, which are equal, the part is
+    taken. The halves of a fused gate and up projection are two tensors of ours.
+    """
+    forms: dict[str, Form] = {}
+    moe_is_sum = sums_experts(shapes)
+    for source in sorted(shapes, key=is_wrapper):
+        for name, part, of in places(source, moe_is_sum):
+            if name in forms and is_wrapper(source):
+                continue
+            if name in forms:
+                both = f"{shown(forms[name][0].source)} and {shown(source)}"
+                message = f"are both {shown(name)}, expected one of them"
+                raise InputError(f"{path}: tensors {both} {message}")
+            term, axis = Term(source), outputs(name)
+            if of > 1 and len(shapes[source]) >= -axis:
+                size, rest = divmod(shapes[source][axis], of)
+                if rest:
+                    message = f"has shape {list(shapes[source])}, expected {of} equal parts"
+                    raise InputError(f"{path}: tensor {shown(source)} {message}")
+                term = Term(source, start=part * size, stop=(part + 1) * size, axis=axis)
+            forms[name] = (term,)
+    return forms
+
+
+def derived(
+    name: str, forms: Mapping[str, Form], factor: float | None, widths: Widths
+) -> Form | None:
+    """How `name` is made of tensors that `forms` has; None where it cannot be.
+
+    `factor`: what the routed experts are scaled by, if known.
+    """
+    layer, part = split(name)
+    if name in forms or layer is None:
+        return forms.get(name)
+    unscaled = forms.get(f"{name}.unscaled")
+    if part in ("moe", "moe.weights") and unscaled and factor:
+        return tuple(term._replace(scale=factor) for term in unscaled)
+    if part == "mlp":
+        routed = derived(f"model.layers.{layer}.moe", forms, factor, widths)
+        shared = forms.get(f"model.layers.{layer}.share_expert")
+        return routed + shared if routed and shared else None
+    proj = part.removeprefix("self_attn.").removesuffix(".weight")
+    if proj in PROJECTIONS and layer in widths:
+        fused, (_, k) = forms.get(name.replace(proj, "qkv_proj")), widths[layer]
+        n = PROJECTIONS.index(proj)
+        start, stop = (0, -2 * k, -k)[n], (-2 * k, -k, None)[n]  # it may have other query heads
+        return fused and (fused[0]._replace(start=start, stop=stop, axis=outputs(name)),)
+    return None
+
+
+def outputs(name: str) -> int:
+    """The axis of a projection's outputs: of a weight [..., O, I], or of what it computed."""
+    return -2 if name.endswith(".weight") else -1
+
+
+def config_widths(config: Config) -> Widths:
+    """The widths of every layer by the config."""
+    specs = enumerate((*config.layers, *config.mtp_layers))
+    return {n: (spec.heads * spec.head_dim, spec.groups * spec.head_dim) for n, spec in specs}
+
+
+def sibling_widths(fused: Shapes, whole: Shapes) -> Widths:
+    """The widths of layers whose projection is fused in one recording and has parts in another.
+
+    Shapes are by our names.
+    """
+    widths: dict[int, tuple[int, int]] = {}
+    for name, shape in fused.items():
+        layer, part = split(name)
+        if layer is None or not part.startswith("self_attn.qkv_proj") or len(shape) < 2:
+            continue
+        total = shape[outputs(name)]
+        sizes = {
+            proj: whole[sibling][outputs(name)]
+            for proj in PROJECTIONS
+            if len(whole.get(sibling := name.replace("qkv_proj", proj), ())) > 1
+        }
+        if "q_proj" in sizes:
+            widths[layer] = sizes["q_proj"], (total - sizes["q_proj"]) // 2
+        elif sizes:
+            k = min(sizes.values())
+            widths[layer] = total - 2 * k, k
+    return widths
+
+
+def align(one: Recording, other: Recording, config: Config | None = None) -> list[str]:
+    """Our names of what can be compared, in the model's order.
+
+    A tensor is, where one recording holds it and the other at least what it is made of: both learn
+    how. Sizes and the routed scaling factor are the config's, else those of the other recording.
+    """
+    shapes, factor = (one.shapes(), other.shapes()), _factor(one, other, config)
+    for r, (own, wanted) in ((one, shapes), (other, shapes[::-1])):
+        widths = config_widths(config) if config else sibling_widths(own, wanted)
+        forms = {name: derived(name, r.forms, factor, widths) for name in wanted}
+        r.forms |= {name: form for name, form in forms.items() if form}
+    common = one.forms.keys() & other.forms.keys() & (shapes[0].keys() | shapes[1].keys())
+    mtp = mtp_layers((*one.forms, *other.forms), config)
+    return sorted(common, key=lambda name: model_order(name, mtp))
+
+
+def _factor(one: Recording, other: Recording, config: Config | None) -> float | None:
+    """The routed scaling factor: the config's, else what the weights of a token's experts sum to.
+
+    Nothing is read unless one of the two has what is not scaled yet.
+    """
+    for spec in config.layers if config else ():
+        if spec.moe:
+            return spec.moe.scaling_factor
+    if not any(name.endswith(".unscaled") for name in (*one.forms, *other.forms)):
+        return None
+    for r in (one, other):
+        for name in r.forms:
+            if split(name)[1] == "moe.weights" and (x := r.if_any(name, 2)) is not None:
+                return float(x.sum(axis=-1, dtype=np.float64).mean())
+    return None

@@ -8,19 +8,18 @@ from dataclasses import asdict
 from html import escape
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from minstep.config import Config
-from minstep.draw.page import page, widest
-from minstep.draw.svg import Colours, rect, text
+from minstep.draw.svg import Colours, page, rect, text, widest
 from minstep.generate import steps
 from minstep.model import ModelWeights
-from minstep.sampling import GREEDY, Sampling, distribution
+from minstep.sampling import Sampling, distribution
 from minstep.tap import Array
 from minstep.text.continuation import Continuation, Pass
 
 Word = Callable[[int], str]  # a token as text
 LEFT, TOP, ROW, CELL = 66, 104, 24, 13  # of the timeline, in units of the canvas
+NEW = 36  # tokens of the timeline, at most
 LINE, COLUMN, BAR = 22, 132, 64  # of the distributions: row, column, and the bar of probability 1
 COLOURS: Colours = {  # fill and stroke on a light page, fill and stroke on a dark one
     ".kept": ("#2563c9", "none", "#6cb0ff", "none"),
@@ -36,20 +35,17 @@ def timeline_svg(
     prompt: Sequence[int],
     weights: ModelWeights,
     config: Config,
-    rng: np.random.Generator,
     word: Word,
-    max_tokens: int = 36,
-    how: Sampling = GREEDY,
-    dtype: DTypeLike = np.float64,
 ) -> str:
-    """Each pass of the main model as a row: its drafts, and the token that it chose itself.
+    """Each pass of greedy decoding as a row: the drafts, and the main model's own token.
 
     Places from left to right are those of the new tokens. Raises InputError for a bad prompt.
     """
-    said = Continuation(steps(prompt, weights, config, rng, max_tokens, how, dtype))
-    for _ in said:
+    rng = np.random.default_rng(0)  # greedy: its numbers change nothing
+    answer = Continuation(steps(prompt, weights, config, rng, NEW, dtype=np.float64))
+    for _ in answer:
         pass
-    count, edge = len(said.tokens), TOP + len(said.passes) * ROW
+    count, edge = len(answer.tokens), TOP + len(answer.passes) * ROW
     right = LEFT + (count + len(config.mtp_layers)) * CELL + 16
     lines = [
         text(LEFT - 14, TOP - 10, "pass", "muted end"),
@@ -60,20 +56,20 @@ def timeline_svg(
         lines.append(f'<path class="grid" d="M{x:.1f} {TOP - 4}V{edge}"/>')
         lines.append(text(x, TOP - 10, str(place + 1), "muted mid"))
     width, drafts, kept = 0.0, 0, 0
-    for n, each in enumerate(said.passes):
-        y, row = TOP + n * ROW, list(_row(each, said.tokens))
+    for n, each in enumerate(answer.passes):
+        y, row = TOP + n * ROW, list(_row(each, answer.tokens))
         lines.append(text(LEFT - 14, y + 14, str(n + 1), "muted end"))
         for kind, place, _ in row:
             down, height = (13, 8) if kind == "own" else (1, 10)
             lines.append(rect(LEFT + place * CELL + 1, y + down, CELL - 2, height, kind, 2))
         words = [(kind, word(token)) for kind, _, token in row]
         spans = " ".join(
-            f'<tspan class="{kind}">{escape(its, quote=False)}</tspan>' for kind, its in words
+            f'<tspan class="{kind}">{escape(shown, quote=False)}</tspan>' for kind, shown in words
         )
         lines.append(f'<text x="{right}" y="{y + 14}">{spans}</text>')
-        width = max(width, widest([" ".join(its for _, its in words)]))
+        width = max(width, widest([" ".join(shown for _, shown in words)]))
         drafts, kept = drafts + len(each.drafts), kept + each.kept
-    facts = f"{count} tokens after {''.join(map(word, prompt))} in {len(said.passes)} passes, "
+    facts = f"{count} tokens after {''.join(map(word, prompt))} in {len(answer.passes)} passes, "
     facts += f"{kept} of {drafts} drafts kept"
     title = "Drafts that the main model keeps"
     drawn = [text(24, 50, facts, "muted"), *_key(), *lines]
@@ -115,27 +111,27 @@ def sampling_svg(
     words = [word(token) for token in order]
     left, lines = 40 + widest([*words, "all others"]), list[str]()
     top = 62 + 15 * max(len(_names(how)) for how in ways)
-    for column, (how, its) in enumerate(zip(ways, probs, strict=True)):
+    for column, (how, p) in enumerate(zip(ways, probs, strict=True)):
         x = left + column * COLUMN
         for n, name in enumerate(_names(how)):
             lines.append(text(x, 62 + 15 * n, name))
-        lines.append(text(x, top, f"{np.count_nonzero(its):,} tokens left", "muted"))
-        shares = [*its[order].tolist(), float(np.delete(its, order).sum())]
+        lines.append(text(x, top, f"{np.count_nonzero(p):,} tokens left", "muted"))
+        shares = [*p[order].tolist(), float(np.delete(p, order).sum())]
         for row, share in enumerate(shares):
             y = top + 12 + row * LINE
             lines.append(rect(x, y, BAR, 14, "rest", 1))
             lines.append(rect(x, y, BAR * share, 14, "kept", 1))
             number = f"{share:.3f}" if share >= 0.0005 else "<0.001" if share else "none"
             lines.append(text(x + BAR + 6, y + 11, number, "" if share else "muted"))
-    for row, its_word in enumerate([*words, "all others"]):
-        lines.append(text(24, top + 23 + row * LINE, its_word, "" if row < len(words) else "muted"))
+    for row, label in enumerate([*words, "all others"]):
+        lines.append(text(24, top + 23 + row * LINE, label, "" if row < len(words) else "muted"))
     title = "One choice of the next token, sampled in several ways"
-    said = "; ".join(
-        f"{', '.join(_names(how))}: {np.count_nonzero(its)} tokens left"
-        for how, its in zip(ways, probs, strict=True)
+    description = "; ".join(
+        f"{', '.join(_names(how))}: {np.count_nonzero(p)} tokens left"
+        for how, p in zip(ways, probs, strict=True)
     )
     right, bottom = left + len(ways) * COLUMN - 20, top + (len(order) + 1) * LINE + 28
-    return page(title, f"{said}.", lines, right, bottom, COLOURS, RULES)
+    return page(title, f"{description}.", lines, right, bottom, COLOURS, RULES)
 
 
 def _names(how: Sampling) -> list[str]:

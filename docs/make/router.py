@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from minstep.activations import sigmoid
 from minstep.config import Config
-from minstep.draw.axes import axis
-from minstep.draw.page import page, widest
-from minstep.draw.svg import Colours, rect, text
+from minstep.draw.charts import axis
+from minstep.draw.svg import Colours, page, rect, text, widest
 from minstep.linear import as_float
 from minstep.model import ModelWeights, decoder
 from minstep.moe import route
@@ -49,13 +48,7 @@ class Routing(NamedTuple):
         return len(changed) - 1 - int(changed[::-1].argmax())
 
 
-def routing(
-    tokens: Sequence[int],
-    weights: ModelWeights,
-    config: Config,
-    layer: int,
-    dtype: DTypeLike = np.float64,
-) -> Routing:
+def routing(tokens: Sequence[int], weights: ModelWeights, config: Config, layer: int) -> Routing:
     """Run the tokens up to main layer `layer`, a MoE one that leaves experts out; what it chooses.
 
     Raises ValueError for another layer.
@@ -66,7 +59,7 @@ def routing(
     trace: Trace = {}
     tap = Recorder(trace, lambda name: name.startswith(f"{spec.name}."))
     upto = weights._replace(layers=weights.layers[: layer + 1])
-    decoder(tokens, upto, config._replace(layers=config.layers[: layer + 1]), dtype, tap=tap)
+    decoder(tokens, upto, config._replace(layers=config.layers[: layer + 1]), np.float64, tap=tap)
     x = trace[f"{spec.name}.post_attention_layernorm"]  # [T, D]
     gate, ids, weighed, margin = (
         trace[f"{spec.name}.moe.{name}"] for name in ("gate", "ids", "weights", "margin")
