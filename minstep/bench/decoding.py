@@ -54,7 +54,7 @@ MID: dict[str, Any] = {  # tiny's config with other sizes: about 0.3B parameters
 PER_LAYER = ("layer_types", "rope_theta", "partial_rotary_factors")
 
 
-class Model(NamedTuple):
+class TimedModel(NamedTuple):
     """A model to time, and where its files are."""
 
     folder: Path
@@ -103,7 +103,7 @@ def timed(case: str, folder: Path, setup: Setup, has_curve: bool = True) -> Foun
     Errors where transformers, in float32 with our weights, continues with other tokens.
     """
     checkpoint = open_checkpoint(folder)
-    model = Model(folder, checkpoint.weights(0), checkpoint.config)
+    model = TimedModel(folder, checkpoint.weights(0), checkpoint.config)
     rng = np.random.default_rng(setup.seed)
     long = rng.integers(model.config.vocab_size, size=max(LONG, *CONTEXTS)).tolist()
     peers, errors = _loaded(case, model, setup)
@@ -132,7 +132,7 @@ def timed(case: str, folder: Path, setup: Setup, has_curve: bool = True) -> Foun
     return Found(rows, errors, curves=curve)
 
 
-def _loaded(case: str, model: Model, setup: Setup) -> tuple[list[str], list[str]]:
+def _loaded(case: str, model: TimedModel, setup: Setup) -> tuple[list[str], list[str]]:
     """The dtypes in which the peer holds the model, and why not where it cannot."""
     names, errors = list[str](), list[str]()
     for dtype in FLOATS if setup.peer else ():
@@ -145,7 +145,7 @@ def _loaded(case: str, model: Model, setup: Setup) -> tuple[list[str], list[str]
     return names, errors
 
 
-def _ours(model: Model, do: str, prompt: Sequence[int], answers: list[list[int]]) -> Block:
+def _ours(model: TimedModel, do: str, prompt: Sequence[int], answers: list[list[int]]) -> Block:
     """A block of ours: the seconds of a token, or of a whole prompt up to the next token."""
     count = NEW if do == "decode" else 0
 
@@ -179,7 +179,7 @@ def _theirs(
 
 
 def continued(
-    model: Model,
+    model: TimedModel,
     prompt: Sequence[int],
     count: int,
     drafts: int = 0,
@@ -202,7 +202,7 @@ def drafts(setup: Setup) -> Found:
     folder = find_config("trained")
     checkpoint, tokenizer = open_checkpoint(folder), load_tokenizer(folder)
     assert tokenizer
-    model = Model(folder, checkpoint.weights(), checkpoint.config)
+    model = TimedModel(folder, checkpoint.weights(), checkpoint.config)
     documents = read_corpus().held_out
     texts = [encode_documents([each], tokenizer).tolist()[:-1] for each in documents]  # but for eos
     rng = np.random.default_rng(setup.seed)
@@ -232,7 +232,7 @@ def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
 
 
 def _curve(
-    case: str, model: Model, text: Sequence[int], setup: Setup, peers: list[str]
+    case: str, model: TimedModel, text: Sequence[int], setup: Setup, peers: list[str]
 ) -> list[Curve]:
     """What a token costs after so many others, ours and the peer's in float32."""
     lines: dict[str, list[tuple[float, float]]] = {"ours": []}

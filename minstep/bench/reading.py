@@ -29,7 +29,7 @@ from minstep.store.config_file import read_config
 from minstep.store.random_checkpoint import Form, save_random
 
 SHARDS, WRITTEN = 44, 24  # of the released checkpoint; experts that are written here
-Part = tuple[Path, int, int]  # file, first byte, bytes
+Span = tuple[Path, int, int]  # file, first byte, bytes
 
 
 def reading(
@@ -97,7 +97,7 @@ def _run(half: Half, x: Any) -> Callable[[], Any]:
     return lambda: half.run(x)
 
 
-def _plain(parts: list[Part]) -> Callable[[], None]:
+def _plain(parts: list[Span]) -> Callable[[], None]:
     """Read so many bytes from each place, one after the other, into memory that is there."""
     buffer = memoryview(bytearray(max(nbytes for _, _, nbytes in parts)))
 
@@ -115,7 +115,7 @@ def _token(half: Half, n: int) -> Any:
     return tokens_drawn(n, 1, half.weights.moe.gate.shape[1])
 
 
-def _parts(checkpoint: Checkpoint, half: Half, x: Any) -> Iterator[Part]:
+def _parts(checkpoint: Checkpoint, half: Half, x: Any) -> Iterator[Span]:
     """Where the matrices lie that the token x [1, D] is multiplied with, the router's left out."""
     assert half.weights.moe and half.spec.moe
     (ids,) = route(x, half.weights.moe, half.spec.moe).ids

@@ -7,12 +7,10 @@ Checked by: tests/bench/test_bench.py
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from minstep.bench.timing import LIMIT, Found, Row
 from minstep.draw.charts import bar_chart, line_chart
-from minstep.store.output import write_text
 
 BUSY = 0.9  # share of idle processors below which times say little
 NAMES = {"float32": "torch float32", "bfloat16": "torch bfloat16", LIMIT: "reading alone"}
@@ -165,9 +163,3 @@ def charts(found: Mapping[str, Found]) -> dict[str, str]:
                 bases=(2, 10),
             )
     return drawn
-
-
-def write(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write files into a folder that is there; each appears whole or not at all."""
-    for name, content in texts.items():
-        write_text(folder / name, content)

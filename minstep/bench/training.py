@@ -14,7 +14,7 @@ from minstep.bench.timing import Block, Found, Row, fastest, rounds
 from minstep.linear import as_float
 from minstep.store.checkpoint import open_checkpoint
 from minstep.store.config_file import find_config
-from minstep.train.workers import Result, Tensors, share
+from minstep.train.workers import Sums, Tensors, share
 from minstep.weights import tensor_shapes
 
 SEQUENCES, LENGTH = 4, 256
@@ -32,7 +32,7 @@ def training(setup: Setup, folder: Path | None = None, length: int = LENGTH) -> 
     }
     rng = np.random.default_rng(setup.seed)
     tokens = rng.integers(config.vocab_size, size=(SEQUENCES, length)).astype(np.int32)
-    results = list[Result]()
+    results = list[Sums]()
 
     def ours() -> float:
         def step() -> None:

@@ -25,7 +25,6 @@ from minstep.bench.report import (
     end_lines,
     head_lines,
     judged,
-    write,
 )
 from minstep.bench.timing import Found, idle_share, memory_rates
 from minstep.bench.training import training
@@ -36,7 +35,7 @@ from minstep.fast.threads import THREADS
 from minstep.store.checkpoint import open_checkpoint
 from minstep.store.config_file import find_config, load_config
 from minstep.store.json_file import read_json
-from minstep.store.output import check_space, owned_folder
+from minstep.store.output import check_space, owned_folder, write_text
 from minstep.store.random_checkpoint import Form, needed_space, save_random
 
 Case = Callable[[Setup], Found]
@@ -136,7 +135,8 @@ def _run_cases(args: Namespace) -> None:
     if args.out:
         table = bench_table(report) + "\n"
         texts = {"report.json": json.dumps(report, indent=1) + "\n", "report.txt": table}
-        write(args.out, texts | charts(found))
+        for name, text in (texts | charts(found)).items():
+            write_text(args.out / name, text)
         wrote(args.out)
     if args.json:
         print_json(report)

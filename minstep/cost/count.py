@@ -18,7 +18,7 @@ from minstep.weights import tensor_shapes
 SCORES = "scores and values"  # the part of attention that multiplies no weight
 
 
-class Form(NamedTuple):
+class WeightBytes(NamedTuple):
     """Bytes that one weight takes: in a routed expert, and anywhere else."""
 
     expert: float
@@ -26,9 +26,9 @@ class Form(NamedTuple):
 
 
 FORMS = {
-    "bf16": Form(2, 2),
-    "fp8": Form(1 + 4 / 128**2, 2),  # as released: experts alone, a float32 scale per block
-    "int4": Form(4.5 / 8, 4.5 / 8),  # a 16-bit scale for each 32 weights, as GGUF's Q4_0
+    "bf16": WeightBytes(2, 2),
+    "fp8": WeightBytes(1 + 4 / 128**2, 2),  # as released: experts alone, a float32 scale per block
+    "int4": WeightBytes(4.5 / 8, 4.5 / 8),  # a 16-bit scale for each 32 weights, as GGUF's Q4_0
 }
 
 
@@ -153,7 +153,7 @@ def experts_read(moe: MoESpec, tokens: int) -> float:
 
 
 def weight_bytes(
-    config: Config, form: Form, tokens: int, depth: int = 0, read: float | None = None
+    config: Config, form: WeightBytes, tokens: int, depth: int = 0, read: float | None = None
 ) -> dict[str, float]:
     """Bytes of weights that a pass over `tokens` different tokens reads, by part.
 
@@ -176,7 +176,7 @@ def weight_bytes(
     return total
 
 
-class Pass(NamedTuple):
+class PassCost(NamedTuple):
     """What a pass costs: FLOPs, and bytes of weights (read once) and of caches (of each text)."""
 
     flops: float
@@ -195,8 +195,8 @@ class Pass(NamedTuple):
 
 
 def decoding_pass(
-    config: Config, form: Form, context: int, batch: int = 1, drafts: int = 0
-) -> Pass:
+    config: Config, form: WeightBytes, context: int, batch: int = 1, drafts: int = 0
+) -> PassCost:
     """One pass of `batch` texts that each hold `context` positions, verifying `drafts` drafts.
 
     Each text has drafts + 1 new tokens at its end, all with logits, and its first `drafts` MTP
@@ -212,10 +212,10 @@ def decoding_pass(
         logits = tokens if depth == 0 else batch
         flops += sum(product_flops(config, tokens, logits, depth).values())
         read += sum(weight_bytes(config, form, tokens, depth).values())
-    return Pass(flops, read, batch * cache_bytes(specs, context))
+    return PassCost(flops, read, batch * cache_bytes(specs, context))
 
 
-def stored_bytes(config: Config, form: Form) -> float:
+def stored_bytes(config: Config, form: WeightBytes) -> float:
     """Bytes that all weights take in memory, MTP layers among them."""
     sizes = (group.size * (form.expert if group.moe else form.other) for group in groups(config))
     tied = config.vocab_size * config.hidden_size * form.other * config.tie_word_embeddings

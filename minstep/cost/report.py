@@ -23,14 +23,14 @@ from minstep.cost.count import (
 from minstep.cost.hardware import KEPT, Hardware
 from minstep.cost.prices import conversation_report
 from minstep.cost.roofline import (
-    Setup,
+    Deployment,
     batch_within,
     fitting_batch,
     form_that_fits,
     gpus_for,
     pass_of,
+    pass_seconds,
     room,
-    seconds,
     speed,
     tokens_per_pass,
 )
@@ -178,7 +178,7 @@ def on(
 ) -> dict[str, Any]:
     """The model on one kind of device."""
     gpus = wanted.gpus or hardware.usual
-    setup = Setup(config, hardware, gpus, wanted.form or "bf16", context, kept)
+    setup = Deployment(config, hardware, gpus, wanted.form or "bf16", context, kept)
     setup = setup if wanted.form else setup._replace(form=form_that_fits(setup))
     fits, alone = fitting_batch(setup), setup._replace(acceptance=())
     row = hardware._asdict() | {"gpus": gpus, "form": setup.form, "ridge": hardware.ridge}
@@ -190,7 +190,7 @@ def on(
     return row | {
         "fits": True,
         "bytes_of_a_pass": pass_of(setup, wanted.batch).bytes,
-        "seconds_of_a_pass": seconds(setup, wanted.batch),
+        "seconds_of_a_pass": pass_seconds(setup, wanted.batch),
         "at_most": {
             "alone": speed(alone, wanted.batch),
             "drafting": speed(setup, wanted.batch),

@@ -9,7 +9,7 @@ from operator import mul
 from typing import NamedTuple
 
 from minstep.config import Config
-from minstep.cost.count import FORMS, Pass, cache_bytes, decoding_pass, stored_bytes
+from minstep.cost.count import FORMS, PassCost, cache_bytes, decoding_pass, stored_bytes
 from minstep.cost.hardware import HARDWARE, LAYER, ROOM, Hardware
 from minstep.draw.charts import line_chart
 
@@ -20,7 +20,7 @@ DRAWN = ("h100", "h200", "h20", "dgx-spark", "m4-max")  # an H800's roof is an H
 TEXTS = (1, 64, 1024)  # whose passes are marked
 
 
-class Setup(NamedTuple):
+class Deployment(NamedTuple):
     """A model on hardware: what it is stored as, on how many devices, with which drafts.
 
     `form`: a key of FORMS. `acceptance`: for each depth the share of its drafts that are kept where
@@ -50,13 +50,13 @@ def tokens_per_pass(acceptance: Sequence[float]) -> float:
     return 1 + sum(accumulate(acceptance, mul))
 
 
-def pass_of(setup: Setup, batch: int = 1) -> Pass:
+def pass_of(setup: Deployment, batch: int = 1) -> PassCost:
     """What one pass over `batch` texts costs."""
     drafts = len(setup.acceptance)
     return decoding_pass(setup.config, FORMS[setup.form], setup.context, batch, drafts)
 
 
-def seconds(setup: Setup, batch: int = 1, is_expected: bool = False) -> float:
+def pass_seconds(setup: Deployment, batch: int = 1, is_expected: bool = False) -> float:
     """Seconds of a pass over `batch` texts, read and multiplied evenly by all devices.
 
     At least the longer of reading and multiplying: a bound that no kernel beats. `is_expected`: the
@@ -74,12 +74,12 @@ def seconds(setup: Setup, batch: int = 1, is_expected: bool = False) -> float:
     return max(reading, multiplying)
 
 
-def speed(setup: Setup, batch: int = 1, is_expected: bool = False) -> float:
+def speed(setup: Deployment, batch: int = 1, is_expected: bool = False) -> float:
     """Tokens a second of each text."""
-    return tokens_per_pass(setup.acceptance) / seconds(setup, batch, is_expected)
+    return tokens_per_pass(setup.acceptance) / pass_seconds(setup, batch, is_expected)
 
 
-def room(setup: Setup) -> float:
+def room(setup: Deployment) -> float:
     """Bytes left for caches beside the weights; negative where the weights do not fit.
 
     ROOM of the memory is used: the rest is for activations and what the system holds.
@@ -88,22 +88,22 @@ def room(setup: Setup) -> float:
     return ROOM * setup.gpus * setup.hardware.memory - weights
 
 
-def fitting_batch(setup: Setup) -> int:
+def fitting_batch(setup: Deployment) -> int:
     """How many texts of `context` positions fit beside the weights."""
     specs = [*setup.config.layers, *setup.config.mtp_layers[: len(setup.acceptance)]]
     return max(0, min(MOST_BATCH, int(room(setup) // cache_bytes(specs, setup.context))))
 
 
-def batch_within(setup: Setup, latency: float) -> int:
+def batch_within(setup: Deployment, latency: float) -> int:
     """The most texts at once for which a token takes at most `latency` seconds, and which fit.
 
     By the expected time of a pass; 0 where one text alone takes longer, or does not fit.
     """
     target = 1 / latency
-    return largest(lambda n: speed(setup, n, True) >= target, fitting_batch(setup))
+    return last_that_holds(lambda n: speed(setup, n, True) >= target, fitting_batch(setup))
 
 
-def gpus_for(setup: Setup, target: float) -> int | None:
+def gpus_for(setup: Deployment, target: float) -> int | None:
     """The fewest devices on which one text is expected to reach `target` tokens a second.
 
     At least as many as the weights and one text's caches fit on. None where MOST_GPUS, or any
@@ -119,11 +119,11 @@ def gpus_for(setup: Setup, target: float) -> int | None:
 
     if not is_short(1):
         return 1
-    gpus = largest(is_short, MOST_GPUS) + 1
+    gpus = last_that_holds(is_short, MOST_GPUS) + 1
     return gpus if gpus <= MOST_GPUS else None
 
 
-def largest(holds: Callable[[int], bool], most: int) -> int:
+def last_that_holds(holds: Callable[[int], bool], most: int) -> int:
     """The largest n up to `most` for which `holds`, which is true up to some n and false after."""
     low, high = 0, most + 1  # holds(low) is taken for granted, high is out of bounds
     while high - low > 1:
@@ -132,7 +132,7 @@ def largest(holds: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def form_that_fits(setup: Setup) -> str:
+def form_that_fits(setup: Deployment) -> str:
     """The most precise of FORMS in which the weights and a text fit; the smallest if none does."""
     fits = (name for name in FORMS if fitting_batch(setup._replace(form=name)))
     return next(fits, [*FORMS][-1])

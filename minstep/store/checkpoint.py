@@ -137,8 +137,8 @@ class Checkpoint(NamedTuple):
 
         `depths`: the first so many MTP layers only, where the others are not wanted.
         A checkpoint in which no MTP layer has a head of its own, as `-Base`, uses lm_head for all
-        of them, with a warning; so has one without MTP layers that the config counts. Raises
-        InputError as `get` does.
+        of them, with a warning. One that lacks the MTP layers its config counts has none, with a
+        warning. Raises InputError as `get` does.
         """
         own = self.has_own_heads()
         config = self.config._replace(mtp_layers=self.config.mtp_layers[:depths])
@@ -163,8 +163,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     Shards that the index names may be missing or damaged: what lies in them is refused when it is
     asked for. What transformers wrote is given the hub's names.
     Where the config counts MTP layers, but no tensor is of any, the model is opened without them.
-    Raises InputError, naming the file and what was expected, for whatever is
-    malformed, and where there are no weights at all.
+    Raises InputError, naming the file and what was expected, for whatever is malformed, and where
+    there are no weights at all.
     """
     path = Path(path)
     if not os.path.isdir(path):

@@ -20,7 +20,7 @@ FRONT = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜�
 BACK = ("<|im_start|>", "<|im_end|>")
 TAGS = (THINK, END_THINK, CALL, END_CALL)
 BROKEN = "\ufffd"  # what the tokenizers package decodes bytes to that are no UTF-8
-# The letters that byte-level tokens are written in: bytes that print stand for themselves and come
+# The letters that byte-level tokens are written in: bytes that print are their own letters and come
 # first in this order, the others follow in theirs.
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 PRINTED = [ord(letter) for letter in ALPHABET if ord(letter) < 256]

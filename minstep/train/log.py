@@ -10,7 +10,7 @@ from minstep.store.files import read_file
 MOST_LOG = 1 << 28  # bytes of a file: two million lines
 
 
-class Row(NamedTuple):
+class LogRow(NamedTuple):
     """A line of the log: what was seen since the line before, and where step `step` has led."""
 
     step: int  # steps taken
@@ -29,7 +29,7 @@ def header(depths: int) -> str:
     return f"{'step':>7}{titles}{'rate':>10}{'norm':>8}{'least':>7}{'most':>7}{'held-out':>10}"
 
 
-def line(row: Row) -> str:
+def line(row: LogRow) -> str:
     """A row under its header."""
     losses = "".join(f"{loss:8.4f}" for loss in row.losses)
     held_out = f"{row.held_out:10.4f}" if row.held_out is not None else f"{'-':>10}"
@@ -37,7 +37,7 @@ def line(row: Row) -> str:
     return f"{row.step:7}{losses}{row.rate:10.2e}{row.norm:8.3f}{loads}{held_out}"
 
 
-def read_log(file: Path) -> list[Row]:
+def read_log(file: Path) -> list[LogRow]:
     """The rows of a log, as precise as they are printed; lines of other form are notes.
 
     Raises InputError where the file cannot be read.
@@ -52,7 +52,7 @@ def read_log(file: Path) -> list[Row]:
     return [row for words in fields if (row := _row(words)) is not None]
 
 
-def _row(words: list[str]) -> Row | None:
+def _row(words: list[str]) -> LogRow | None:
     """The row whose columns these are; None for the words of a note."""
     if len(words) < 7 or not re.fullmatch("[0-9]{1,18}", words[0]):
         return None
@@ -62,4 +62,4 @@ def _row(words: list[str]) -> Row | None:
         held_out = None if words[-1] == "-" else float(words[-1])
     except ValueError:
         return None
-    return Row(int(words[0]), losses, rate, norm, least, most, held_out)
+    return LogRow(int(words[0]), losses, rate, norm, least, most, held_out)

@@ -56,7 +56,7 @@ def rate_at(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
 def orthogonalised(update: Array, steps: int = 6) -> Array:
     """The nearest orthogonal matrix, nearly: U V^T where the update is U S V^T.
 
-    update [O, I], or a stack [E, O, I] of which each matrix stands for itself, float32 or float64.
+    update [O, I], or a stack [E, O, I] each matrix on its own, float32 or float64.
     Returns the same shape and dtype. `steps`, 1 to 6, of the iteration. After 6, singular values
     from 1e-3 to 1 of the matrix's Frobenius norm are within 0.993 to 1.002, those of 1e-4 at 0.18;
     after 5, within 0.84 to 1.13. A matrix of zeros stays zero.
@@ -94,8 +94,8 @@ class Settings(NamedTuple):
     clip: float = 1.0  # the largest norm of all gradients together; math.inf: any
 
 
-def kept(name: str, shape: Shape) -> tuple[str, ...]:
-    """What is kept for a tensor, by hub name: MUON, ADAMW, or nothing for a router bias.
+def moments_of(name: str, shape: Shape) -> tuple[str, ...]:
+    """The moments kept for a tensor, by hub name: MUON, ADAMW, or nothing for a router bias.
 
     The router's gate and stacked experts are matrices as any other.
     """
@@ -119,7 +119,7 @@ class Optimizer:
     def __init__(self, shapes: Mapping[str, Shape], settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
         self.steps = 0  # taken so far
-        self._kept = {name: kept(name, shape) for name, shape in shapes.items()}
+        self._kept = {name: moments_of(name, shape) for name, shape in shapes.items()}
         self._moments: dict[str, Array] = {
             f"{kind}.{name}": np.zeros(shapes[name], np.float32)
             for name, kinds in self._kept.items()

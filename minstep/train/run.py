@@ -21,7 +21,7 @@ from minstep.store.output import OWNED, Data, atomic_file, write_tensors, write_
 from minstep.tap import Array
 from minstep.train.bpe import train_tokenizer
 from minstep.train.data import encode_documents, read_corpus
-from minstep.train.log import Row, header, line
+from minstep.train.log import LogRow, header, line
 from minstep.train.loss import bits_per_byte
 from minstep.train.trainer import Plan, Training
 from minstep.train.workers import WorkerEnded, Workers
@@ -70,7 +70,7 @@ class Run:
         digest = hashlib.sha256(stream.tobytes()).hexdigest()
         self.facts: dict[str, Any] = {"plan": plan._asdict(), "config": raw, "text": digest}
         self.training = Training(config, plan, stream)
-        self.rows: list[Row] = []
+        self.rows: list[LogRow] = []
         if resumes:
             _check_facts(file, begun, self.facts)
             try:
@@ -187,13 +187,13 @@ def _check_facts(file: Path, facts: dict[str, Any], expected: dict[str, Any]) ->
             raise InputError(f"{file}: was begun with another {name}, expected the same")
 
 
-def read_rows(file: Path, facts: dict[str, Any], config: Config) -> list[Row]:
+def read_rows(file: Path, facts: dict[str, Any], config: Config) -> list[LogRow]:
     """The rows of the log so far. Raises InputError unless they are as Run.save wrote them.
 
     Checked by: tests/train/test_run.py
     """
     try:
-        rows = [Row(step, tuple(losses), *others) for step, losses, *others in facts["rows"]]
+        rows = [LogRow(step, tuple(losses), *others) for step, losses, *others in facts["rows"]]
         depths = {len(row.losses) - 1 for row in rows}
         numbers = [x for row in rows for x in (row.step, *row.losses, row.rate, row.norm)]
         numbers += [row.held_out for row in rows if row.held_out is not None]

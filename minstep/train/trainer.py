@@ -11,7 +11,7 @@ from minstep.errors import InputError
 from minstep.tap import Array
 from minstep.train.balance import Counter, balance
 from minstep.train.data import sequences
-from minstep.train.log import Row
+from minstep.train.log import LogRow
 from minstep.train.optimizer import Optimizer, Settings, rate_at
 from minstep.train.workers import Tensors, Workers
 from minstep.weights import tensor_shapes
@@ -72,12 +72,12 @@ class Training:
         for name, count in result.counts.items():
             self.counts[name] = self.counts[name] + count
 
-    def row(self) -> Row:
+    def row(self) -> LogRow:
         """What was seen since the last row: means over the steps, and the loads of all of them."""
         steps, norm, *losses = self.sums.tolist()
         scale = rate_at(self.done - 1, self.plan.steps, self.plan.warmup, self.plan.floor)
         shares = [share for each in self.loads().values() for share in each.tolist()]
-        return Row(
+        return LogRow(
             self.done,
             tuple(loss / steps for loss in losses),
             self.plan.rate * scale,

@@ -32,7 +32,7 @@ MOST_PROCESSES = 61  # that Windows can wait for
 Tensors = dict[str, Array]  # by hub name
 
 
-class Result(NamedTuple):
+class Sums(NamedTuple):
     """Sums over sequences; divided by their number they are what a step works with."""
 
     losses: Array  # [1 + M] nats a token of the main model and of each depth, float64
@@ -42,7 +42,7 @@ class Result(NamedTuple):
 
 def share(
     sequences: NDArray[np.int32], tensors: Tensors, config: Config, mtp_weight: float
-) -> Result:
+) -> Sums:
     """Loss, gradients and counts of `sequences` [N, T], one after the other, summed.
 
     Checked by: tests/train/test_workers.py
@@ -52,7 +52,7 @@ def share(
     )
 
 
-def learned(tokens: Sequence[int], tensors: Tensors, config: Config, mtp_weight: float) -> Result:
+def learned(tokens: Sequence[int], tensors: Tensors, config: Config, mtp_weight: float) -> Sums:
     """Loss, gradients and counts of one sequence of T ids.
 
     Activations have the dtype of the tensors. What had no part in the loss, as an expert that
@@ -68,14 +68,14 @@ def learned(tokens: Sequence[int], tensors: Tensors, config: Config, mtp_weight:
         name: np.zeros_like(x.value) if x.gradient is None else x.gradient
         for name, x in variables.items()
     }
-    return Result(np.array(parts, np.float64), gradients, counter.counts)
+    return Sums(np.array(parts, np.float64), gradients, counter.counts)
 
 
-def added(a: Result, b: Result) -> Result:
+def added(a: Sums, b: Sums) -> Sums:
     """The sum of two results."""
     gradients = {name: x + b.gradients[name] for name, x in a.gradients.items()}
     counts = {name: count + b.counts[name] for name, count in a.counts.items()}
-    return Result(a.losses + b.losses, gradients, counts)
+    return Sums(a.losses + b.losses, gradients, counts)
 
 
 class WorkerEnded(InputError):
@@ -90,14 +90,14 @@ class Workers:
 
     def sum(
         self, sequences: NDArray[np.int32], tensors: Tensors, config: Config, mtp_weight: float
-    ) -> Result:
+    ) -> Sums:
         """The sum over `sequences` [N, T]: the same bits for any number of processes.
 
         Raises WorkerEnded where a process has ended, now or since the last sum.
         """
         parts = [sequences[n : n + SHARE] for n in range(0, len(sequences), SHARE)]
         with _refusing_without_a_process():
-            results: Iterator[Result] = self._map(
+            results: Iterator[Sums] = self._map(
                 share, parts, repeat(tensors), repeat(config), repeat(mtp_weight)
             )
             return reduce(added, results)

@@ -12,7 +12,7 @@ from minstep.config import Config, parse_config
 from minstep.cost.count import (
     FORMS,
     SCORES,
-    Form,
+    WeightBytes,
     cache_bytes,
     computed_pairs,
     decoding_pass,
@@ -32,7 +32,7 @@ from minstep.store.inspect import inspect
 from minstep.store.stages import PARTS
 from tests.support.counting import NOTHING, Tally, counted_model
 
-FLOAT32 = Form(4, 4)
+FLOAT32 = WeightBytes(4, 4)
 NAMES = ("tiny", "odd", "no_extras")
 RELEASED = find_config("step-3.5-flash") / "config.json"
 

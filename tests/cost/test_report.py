@@ -12,7 +12,7 @@ import pytest
 from minstep.cost.count import FORMS, decoding_pass
 from minstep.cost.hardware import HARDWARE
 from minstep.cost.report import Wanted, report, si
-from minstep.cost.roofline import HIGH, LOW, Setup, gpus_for, roofline_svg
+from minstep.cost.roofline import HIGH, LOW, Deployment, gpus_for, roofline_svg
 from minstep.store.config_file import find_config, load_config, shipped_folder
 from tests.conftest import Run
 
@@ -101,7 +101,7 @@ def test_devices_for_350_tokens_a_second_are_the_fewest_that_give_them(run: Run)
     """The speed that the model card announces at best."""
     config = load_config(find_config("step-3.5-flash"))
     for row, device in zip(told(run)["hardware"], ALL, strict=True):
-        setup = Setup(config, device, row["gpus"], row["form"], 32_768, (0.77,) * 3)
+        setup = Deployment(config, device, row["gpus"], row["form"], 32_768, (0.77,) * 3)
         assert row["gpus_for_350"] == gpus_for(setup, 350), row["label"]
 
 

@@ -18,14 +18,14 @@ from minstep.cost.hardware import (
 )
 from minstep.cost.prices import API, PLANS, conversation_report, price, turns
 from minstep.cost.roofline import (
-    Setup,
+    Deployment,
     batch_within,
     fitting_batch,
     form_that_fits,
     gpus_for,
-    largest,
+    last_that_holds,
+    pass_seconds,
     room,
-    seconds,
     speed,
     tokens_per_pass,
 )
@@ -34,7 +34,7 @@ from minstep.store.config_file import find_config, load_config
 
 CONFIG = load_config(find_config("step-3.5-flash"))
 H100 = HARDWARE["h100"]
-SETUP = Setup(CONFIG, H100, 8, "bf16", 32_768, (0.8, 0.6, 0.4))
+SETUP = Deployment(CONFIG, H100, 8, "bf16", 32_768, (0.8, 0.6, 0.4))
 
 
 # Typed from data sheets, not from the code: GB/s; TFLOP/s of dense bfloat16 and FP8; GB; devices of
@@ -91,13 +91,13 @@ def test_weights_take_the_bytes_of_their_forms() -> None:
 @pytest.mark.parametrize("name", HARDWARE)
 def test_a_pass_runs_at_the_rates_of_its_device(name: str, form: str) -> None:
     _, bandwidth, bf16, fp8, _, _ = SHEETS[name]
-    setup = Setup(CONFIG, HARDWARE[name], 4, form, 4096, (0.5,))
+    setup = Deployment(CONFIG, HARDWARE[name], 4, form, 4096, (0.5,))
     cost = decoding_pass(CONFIG, FORMS[form], 4096, 512, 1)
     reading = cost.bytes / (4 * bandwidth * 1e9)
     multiplying = cost.flops / (4 * (fp8 if form == "fp8" else bf16) * 1e12)
-    assert seconds(setup, 512) == pytest.approx(max(reading, multiplying))
+    assert pass_seconds(setup, 512) == pytest.approx(max(reading, multiplying))
     expected = reading / 0.9 + multiplying / 0.41 + 46 * 1e-4
-    assert seconds(setup, 512, is_expected=True) == pytest.approx(expected)
+    assert pass_seconds(setup, 512, is_expected=True) == pytest.approx(expected)
 
 
 def test_tokens_of_a_pass_are_the_mean_of_passes_thrown_by_dice() -> None:
@@ -117,30 +117,30 @@ def test_one_token_of_the_released_model_by_hand() -> None:
     assert cost.flops == pytest.approx(2 * weights + attention, rel=1e-4)
     assert cost.weights == pytest.approx(2 * weights, rel=1e-4)
     assert cost.caches == 12 * 4096 * 32_768 + 33 * 4096 * 512
-    assert seconds(SETUP._replace(acceptance=())) == pytest.approx(cost.bytes / (8 * 3.35e12))
+    assert pass_seconds(SETUP._replace(acceptance=())) == pytest.approx(cost.bytes / (8 * 3.35e12))
 
 
 def test_a_pass_takes_the_longer_of_reading_and_multiplying() -> None:
     slow_memory = H100._replace(bandwidth=1.0)
     slow_units = H100._replace(bf16=1.0)
     cost = decoding_pass(CONFIG, FORMS["bf16"], 32_768, 2, 3)
-    assert seconds(SETUP._replace(hardware=slow_memory), 2) == cost.bytes / 8
-    assert seconds(SETUP._replace(hardware=slow_units), 2) == cost.flops / 8
+    assert pass_seconds(SETUP._replace(hardware=slow_memory), 2) == cost.bytes / 8
+    assert pass_seconds(SETUP._replace(hardware=slow_units), 2) == cost.flops / 8
 
 
 def test_what_is_expected_is_slower_by_shares_and_exchanges() -> None:
     cost = decoding_pass(CONFIG, FORMS["bf16"], 32_768, 1, 3)
     read, multiplied = cost.bytes / (8 * 3.35e12), cost.flops / (8 * 989.4e12)
-    expected = seconds(SETUP, 1, is_expected=True)
+    expected = pass_seconds(SETUP, 1, is_expected=True)
     assert expected == pytest.approx(read / 0.9 + multiplied / 0.41 + 48 * LAYER)
     assert SETUP._replace(gpus=1).exchanges == 0
     here = SETUP._replace(hardware=H100._replace(source="measured"), gpus=1)
-    assert seconds(here, 1, True) == pytest.approx(8 * (read + multiplied))
+    assert pass_seconds(here, 1, True) == pytest.approx(8 * (read + multiplied))
 
 
 def test_drafts_pay_where_more_tokens_than_bytes_come_of_a_pass() -> None:
     alone = SETUP._replace(acceptance=())
-    ratio = seconds(SETUP) / seconds(alone)
+    ratio = pass_seconds(SETUP) / pass_seconds(alone)
     assert speed(SETUP) / speed(alone) == pytest.approx(tokens_per_pass(SETUP.acceptance) / ratio)
     assert speed(SETUP._replace(acceptance=(0.1, 0.1, 0.1))) < speed(alone)
     assert speed(SETUP._replace(acceptance=(1, 1, 1))) > speed(alone)
@@ -177,7 +177,7 @@ def test_gpus_for_a_speed_are_the_fewest() -> None:
 def test_largest_finds_every_end() -> None:
     for most in (0, 1, 7, 8):
         for end in range(most + 1):
-            assert largest(lambda n, end=end: n <= end, most) == end  # type: ignore[misc]
+            assert last_that_holds(lambda n, end=end: n <= end, most) == end  # type: ignore[misc]
 
 
 def test_ridges_are_those_of_the_paper_that_prices_them() -> None:

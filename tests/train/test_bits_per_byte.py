@@ -24,7 +24,7 @@ def test_every_token_counts_once_for_any_window(length: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("length", [5, 8, 40])
-def test_a_token_is_foretold_from_its_window_alone(length: int) -> None:
+def test_a_token_is_predicted_from_its_window_alone(length: int) -> None:
     text = "The quick brown fox jumps"
     tokens = encode_documents([Document("a", text)], TOKENIZER).tolist()
     nats, counted, step = 0.0, 1, length // 2

@@ -6,13 +6,13 @@ import pytest
 
 from minstep.errors import InputError
 from minstep.store.config_file import find_config
-from minstep.train.log import Row, header, line, read_log
+from minstep.train.log import LogRow, header, line, read_log
 
 
 def test_a_log_reads_back_as_it_is_printed(tmp_path: Path) -> None:
     rows = [
-        Row(20, (6.5, 7.25, 7.125), 3.2e-3, 1.5, 0.25, 2.5),
-        Row(1200, (1.0, 2.0, 3.0), 1e-4, 0.125, 0.5, 1.25, 1.5349),
+        LogRow(20, (6.5, 7.25, 7.125), 3.2e-3, 1.5, 0.25, 2.5),
+        LogRow(1200, (1.0, 2.0, 3.0), 1e-4, 0.125, 0.5, 1.25, 1.5349),
     ]
     file = tmp_path / "log.txt"
     file.write_text("\n".join(["steps 5, rate 1", "9 parameters", header(2), *map(line, rows)]))
@@ -22,7 +22,7 @@ def test_a_log_reads_back_as_it_is_printed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("depths", [0, 1, 5])
 def test_a_log_has_a_column_for_each_depth(depths: int, tmp_path: Path) -> None:
-    row = Row(3, tuple(1.0 + n for n in range(1 + depths)), 1e-3, 0.5, 0.25, 4.0)
+    row = LogRow(3, tuple(1.0 + n for n in range(1 + depths)), 1e-3, 0.5, 0.25, 4.0)
     rows = [row, row._replace(step=4, held_out=2.5)]
     (tmp_path / "log.txt").write_text("\n".join([header(depths), *map(line, rows)]))
     assert read_log(tmp_path / "log.txt") == rows

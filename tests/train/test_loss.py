@@ -1,4 +1,4 @@
-"""The loss: cross-entropy by its definition, what each row foretells, and the depths' part."""
+"""The loss: cross-entropy by its definition, what each row predicts, and the depths' part."""
 
 import math
 from typing import Any
@@ -86,7 +86,7 @@ def test_the_gradient_of_cross_entropy_is_softmax_less_what_came() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_position_i_of_depth_k_foretells_token_i_and_k_and_1(name: str) -> None:
+def test_position_i_of_depth_k_predicts_token_i_and_k_and_1(name: str) -> None:
     its = model(name)
     weights = assemble(its.config, lambda tensor, shape: its.tensors[tensor])
     hidden = minstep.decoder(its.tokens, weights, its.config, np.float64)
@@ -143,7 +143,7 @@ def test_the_depths_teach_themselves_and_the_main_model() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_text_that_leaves_a_depth_nothing_to_foretell_is_refused(name: str) -> None:
+def test_a_text_that_leaves_a_depth_nothing_to_predict_is_refused(name: str) -> None:
     its, least = model(name), len(model(name).config.mtp_layers) + 2
     enough = losses(its._replace(tokens=its.tokens[:least]), 0.3)
     assert all(np.isfinite(x) for x in every(enough))

@@ -11,7 +11,7 @@ import minstep
 from minstep.errors import InputError
 from minstep.fast import threads as parallel
 from minstep.tap import Array
-from minstep.train.optimizer import ADAMW, MUON, Optimizer, Settings, kept
+from minstep.train.optimizer import ADAMW, MUON, Optimizer, Settings, moments_of
 from minstep.weights import tensor_shapes
 
 NORM, MATRIX = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
@@ -40,7 +40,7 @@ def test_every_tensor_of_a_model_has_the_rule_it_should() -> None:
     config = minstep.load_config(minstep.find_config("tiny"))
     named: dict[tuple[str, ...], set[str]] = {MUON: set(), ADAMW: set(), (): set()}
     for name, shape in tensor_shapes(config).items():
-        named[kept(name, shape)].add(re.sub(r"model\.layers\.\d+\.", "", name))
+        named[moments_of(name, shape)].add(re.sub(r"model\.layers\.\d+\.", "", name))
     assert named[()] == {"moe.router_bias"}
     tables = "model.embed_tokens lm_head transformer.shared_head.output"
     norms = "model.norm enorm hnorm input_layernorm post_attention_layernorm"

@@ -17,7 +17,7 @@ from minstep.train.log import read_log
 from minstep.train.optimizer import rate_at
 from minstep.train.run import STATE, load_state, save_state
 from minstep.train.trainer import Plan, Training, initial_tensors
-from minstep.train.workers import Result, Workers, workers
+from minstep.train.workers import Sums, Workers, workers
 from minstep.weights import tensor_shapes
 from tests.support.recordings import save
 
@@ -106,9 +106,9 @@ def test_the_balancing_rule_alone_moves_router_biases(rate: float) -> None:
 
 def test_a_row_has_the_means_of_its_steps_and_the_rate_of_the_last() -> None:
     class Watched(Workers):
-        seen: list[Result] = []
+        seen: list[Sums] = []
 
-        def sum(self, *arguments: Any) -> Result:
+        def sum(self, *arguments: Any) -> Sums:
             self.seen.append(super().sum(*arguments))
             return self.seen[-1]
 
