@@ -55,7 +55,8 @@ minstep footgun run window-off-by-one
 
 `show` prints the change with its file and line. `run` makes the figures of this page again, with
 `--model DIR` those of a model of yours. The changed lines are data:
-[parity/known_bugs.py](../minstep/parity/known_bugs.py) has them all. With the same table
+[parity/known_bugs.py](../minstep/parity/known_bugs.py) has those that a layer shows,
+[decoding_bugs.py](../minstep/parity/decoding_bugs.py) the others. With the first table
 [check-layer](11-comparing.md) says which bug explains a layer of your port that departs.
 
 A bug shows in one tensor first, and in all that follow from it. Here it is the gate of the first
