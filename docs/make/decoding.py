@@ -10,7 +10,7 @@ from html import escape
 import numpy as np
 
 from minstep.config import Config
-from minstep.draw.svg import Colours, page, rect, text, widest
+from minstep.draw.svg import Colours, card, rect, text, widest
 from minstep.generate import steps
 from minstep.model import ModelWeights
 from minstep.sampling import Sampling, distribution
@@ -21,7 +21,7 @@ Word = Callable[[int], str]  # a token as text
 LEFT, TOP, ROW, CELL = 66, 104, 24, 13  # of the timeline, in units of the canvas
 NEW = 36  # tokens of the timeline, at most
 LINE, COLUMN, BAR = 22, 132, 64  # of the distributions: row, column, and the bar of probability 1
-COLOURS: Colours = {  # fill and stroke on a light page, fill and stroke on a dark one
+COLOURS: Colours = {  # fill and stroke on a light card, fill and stroke on a dark one
     ".kept": ("#2563c9", "none", "#6cb0ff", "none"),
     ".lost": ("none", "#d6246e", "none", "#ff4f93"),
     ".rest": ("#eaeef2", "none", "#21262d", "none"),
@@ -73,7 +73,7 @@ def timeline_svg(
     facts += f"{kept} of {drafts} drafts kept"
     title = "Drafts that the main model keeps"
     drawn = [text(24, 50, facts, "muted"), *_key(), *lines]
-    return page(title, f"{facts}.", drawn, right + width, edge + 16, COLOURS, RULES)
+    return card(title, f"{facts}.", drawn, right + width, edge + 16, COLOURS, RULES)
 
 
 def _row(each: Pass, tokens: Sequence[int]) -> Iterator[tuple[str, int, int]]:
@@ -131,7 +131,7 @@ def sampling_svg(
         for how, p in zip(ways, probs, strict=True)
     )
     right, bottom = left + len(ways) * COLUMN - 20, top + (len(order) + 1) * LINE + 28
-    return page(title, f"{description}.", lines, right, bottom, COLOURS, RULES)
+    return card(title, f"{description}.", lines, right, bottom, COLOURS, RULES)
 
 
 def _names(how: Sampling) -> list[str]:

@@ -12,11 +12,11 @@ from docs.make.model_figure import KIND
 from minstep.attention import visible
 from minstep.cache import new_caches
 from minstep.config import FULL, Config, LayerSpec
-from minstep.draw.svg import Colours, page, rect, text
+from minstep.draw.svg import Colours, card, rect, text
 
 LEFT, TOP, CELL, GAP = 86, 124, 17, 110  # of the grids, in units of the canvas
 GONE, HELD, SEEN = range(3)  # what a position is to a query
-COLOURS: Colours = {  # fill and stroke on a light page, fill and stroke on a dark one
+COLOURS: Colours = {  # fill and stroke on a light card, fill and stroke on a dark one
     ".ahead": ("none", "#d8dee4", "none", "#2a3038"),
     ".gone": ("#eaeef2", "none", "#21262d", "none"),
     ".held": ("#e8f1ff", "#2563c9", "#0f2038", "#6cb0ff"),
@@ -52,7 +52,7 @@ def masks_svg(config: Config, count: int = 16, window: int = 5) -> str:
     sizes = sorted({spec.window for spec in config.layers if spec.window})
     real = f"the model's window is {' or '.join(f'{size:,}' for size in sizes)}"
     right = LEFT + 2 * count * CELL + GAP
-    return page(
+    return card(
         "What a query sees, and what its cache still holds",
         "; ".join(described) + f"; {real}.",
         [

@@ -22,9 +22,9 @@ from minstep.learn.museum import (
     error,
     kept,
     measured,
-    number,
     one_line,
     patient,
+    perplexity_text,
     setting_text,
     ways,
 )
@@ -127,7 +127,7 @@ def museum_page(reports: Sequence[dict[str, Any]]) -> str:
         bugs=sum(len(exhibit.bugs) for exhibit in EXHIBITS),
         tokens=plain["tokens"],
         prompts=len(plain["prompts"]),
-        perplexity=number(plain["as_it_is"]["perplexity"]),
+        perplexity=perplexity_text(plain["as_it_is"]["perplexity"]),
         accepted=kept(plain["as_it_is"]),
         findings=_findings(reports),
         window=max(spec.window or 0 for spec in config.layers),
@@ -186,9 +186,11 @@ def _row(report: dict[str, Any]) -> str:
 def _cells(bug: dict[str, Any], right: dict[str, Any] | None = None) -> str:
     if not bug["texts"]:
         return "does not run | | | | |"
-    before = (f"{number(right['perplexity'])} → ", f"{kept(right)} → ") if right else ("", "")
+    before = (
+        (f"{perplexity_text(right['perplexity'])} → ", f"{kept(right)} → ") if right else ("", "")
+    )
     where = "nowhere | | " if bug["tensor"] is None else _where(bug)
-    return f"{where}| {before[0]}{number(bug['perplexity'])} | {before[1]}{kept(bug)} |"
+    return f"{where}| {before[0]}{perplexity_text(bug['perplexity'])} | {before[1]}{kept(bug)} |"
 
 
 def _where(bug: dict[str, Any]) -> str:
@@ -235,7 +237,8 @@ def _measures(report: dict[str, Any]) -> Iterator[str]:
         yield ""
     yield "| | departs first at | token | by | perplexity | drafts kept | depths agree |"
     yield "|---|---|---|---|---|---|---|"
-    yield f"| as it is | | | | {number(right['perplexity'])} | {kept(right)} | {agreed(right)} |"
+    perplexity = perplexity_text(right["perplexity"])
+    yield f"| as it is | | | | {perplexity} | {kept(right)} | {agreed(right)} |"
     for bug in report["bugs"]:
         yield f"| {bug['bug']} | {_cells(bug)} {agreed(bug)} |"
     yield ""

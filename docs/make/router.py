@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from minstep.activations import sigmoid
 from minstep.config import Config
 from minstep.draw.charts import axis
-from minstep.draw.svg import Colours, page, rect, text, widest
+from minstep.draw.svg import Colours, card, rect, text, widest
 from minstep.linear import as_float
 from minstep.model import ModelWeights, decoder
 from minstep.moe import route
@@ -22,7 +22,7 @@ from minstep.tap import Array
 Ids = NDArray[np.integer[Any]]
 ROW, CELL, TOP = 20, 36, 98  # of the map, in units of the canvas
 BAR, HEIGHT, LEFT = 13, 220, 64  # of the bars of one token
-COLOURS: Colours = {  # fill and stroke on a light page, fill and stroke on a dark one
+COLOURS: Colours = {  # fill and stroke on a light card, fill and stroke on a dark one
     ".idle": ("#f6f8fa", "none", "#161b22", "none"),
     ".chosen": ("#6f36d9", "none", "#c4a7ff", "none"),
     ".biased": ("#c2c9d1", "none", "#3d444d", "none"),
@@ -97,7 +97,7 @@ def router_map_svg(words: Sequence[str], routed: Routing, layer: int) -> str:
                 words_at = left + (e + 0.5) * CELL
                 lines.append(text(words_at, y + 14, f"{chosen[e]:.2f}", "mid"))
     title = "Which experts each token of a text gets"
-    return page(title, f"{facts}. {T} tokens.", lines, left + E * CELL, bottom + 34, COLOURS)
+    return card(title, f"{facts}. {T} tokens.", lines, left + E * CELL, bottom + 34, COLOURS)
 
 
 def router_cut_svg(word: str, routed: Routing, token: int, layer: int) -> str:
@@ -136,7 +136,7 @@ def router_cut_svg(word: str, routed: Routing, token: int, layer: int) -> str:
     lines.append(f'<path class="mark" d="M{LEFT} {cut:.1f}H{right}"/>')
     lines += _key(A, TOP - 26)
     title = "Scores decide the weights, scores with the bias who is chosen"
-    return page(title, f"{facts}.", lines, right, bottom + 50, COLOURS, RULES)
+    return card(title, f"{facts}.", lines, right, bottom + 50, COLOURS, RULES)
 
 
 def _key(top_k: int, y: float) -> Iterator[str]:

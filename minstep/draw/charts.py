@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minstep.draw.svg import INKS, page, rect, text, widest
+from minstep.draw.svg import INKS, card, rect, text, widest
 from minstep.tap import Array
 
 Point = tuple[float, float]
@@ -128,7 +128,7 @@ def line_chart(
         for name, points in series.items()
     )
     height = TOP + PLOT_HEIGHT + BELOW
-    return page(title, f"{description}.", lines, LEFT + PLOT_WIDTH + 58 + widest(series), height)
+    return card(title, f"{description}.", lines, LEFT + PLOT_WIDTH + 58 + widest(series), height)
 
 
 def bar_chart(title: str, groups: Mapping[str, Mapping[str, float]]) -> str:
@@ -163,7 +163,7 @@ def bar_chart(title: str, groups: Mapping[str, Mapping[str, float]]) -> str:
         for label, group in groups.items()
     )
     right = LEFT + width + 46 + widest(names)
-    return page(title, f"{description}.", lines, right, TOP + PLOT_HEIGHT + 34)
+    return card(title, f"{description}.", lines, right, TOP + PLOT_HEIGHT + 34)
 
 
 def load_chart(title: str, loads: Mapping[str, Mapping[str, Array]]) -> str:
@@ -197,7 +197,7 @@ def load_chart(title: str, loads: Mapping[str, Mapping[str, Array]]) -> str:
     lines += [rect(x + 246, y - 10, 12, 12, "low", 0), text(x + 266, y, "expert below a tenth")]
     lines += [text(x + 410, y, f"bars above {top:g} are cut off", "muted")] if top == MOST else []
     width = gutter + len(shares) * (pitch * most + WORDS)
-    return page(title, "; ".join(parts) + ".", lines, max(width, LEFT + 540), y + 18)
+    return card(title, "; ".join(parts) + ".", lines, max(width, LEFT + 540), y + 18)
 
 
 def _panel(x: float, base: float, pitch: float, share: Array, top: float) -> Iterator[str]:

@@ -79,7 +79,7 @@ def text(x: float, y: float, words: str, kind: str = "") -> str:
     return f'<text class="{kind}" x="{x:.5g}" y="{y:.5g}">{escape(words, quote=False)}</text>'
 
 
-def page(
+def card(
     title: str,
     description: str,
     lines: Iterable[str],

@@ -127,7 +127,7 @@ POINTS = {
 }
 
 
-class Step(NamedTuple):
+class WalkStep(NamedTuple):
     """A tensor that the tap was shown; `values` is what it has at the NumPy index `at`.
 
     `rms` is the root mean square of all its numbers at the position; None for whole numbers. `file`
@@ -151,13 +151,13 @@ class Walk(NamedTuple):
     those at the position [V], of the main model and then of each depth that ran, by tensor name.
     """
 
-    steps: list[Step]
+    steps: list[WalkStep]
     text: list[int]
     logits: dict[str, Array]
 
 
 class Walker(ScopedTap):
-    """Keeps a Step of every tensor of a layer, None for all, and whole those that `ends` names.
+    """Keeps a WalkStep of every tensor of a layer, None for all, and whole those that `ends` names.
 
     `probs_fit`: whether attention probabilities [H, T, T] are small enough to be computed at once.
     `then` is called with the name of each tensor that is kept whole. Raises InputError for what is
@@ -172,7 +172,7 @@ class Walker(ScopedTap):
         ends: Collection[str],
         then: Callable[[str], None],
     ) -> None:
-        self.steps: list[Step] = []
+        self.steps: list[WalkStep] = []
         self.kept: dict[str, Array] = {}
         self._position, self._layer, self._probs_fit = position, layer, probs_fit
         self._ends, self._then = ends, then
@@ -197,7 +197,7 @@ class Walker(ScopedTap):
         return self._layer in (None, split(name)[0])
 
 
-def _step(name: str, x: Array, position: int, file: str, line: int) -> Step:
+def _step(name: str, x: Array, position: int, file: str, line: int) -> WalkStep:
     """The values of x that a reader sees: of the first head, of the last positions looked at."""
     axes = point_of(name).axes
     index = tuple(position if axis == "T" else 0 for axis in axes[:-1] or axes)
@@ -208,7 +208,7 @@ def _step(name: str, x: Array, position: int, file: str, line: int) -> Step:
         at, values = f"{at}, {start or ''}:{end}", values[start:end]
     row = x.take(position, axes.index("T"))
     rms = float(np.sqrt(np.square(row, dtype=np.float64).mean())) if x.dtype.kind == "f" else None
-    return Step(name, x.shape, x.dtype.name, f"[{at}]", values.tolist(), rms, file, line)
+    return WalkStep(name, x.shape, x.dtype.name, f"[{at}]", values.tolist(), rms, file, line)
 
 
 def take_walk(

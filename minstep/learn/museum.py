@@ -210,7 +210,7 @@ def report_text(report: dict[str, Any]) -> str:
     lines.append(f"{report['tokens']} tokens of held-out text, {len(right['texts'])} prompts")
     if report["setting"]:
         lines.append(f"with {setting_text(report['setting'])}, in the right run too")
-    lines += ["", "as it is", f"  perplexity     {number(right['perplexity'])}"]
+    lines += ["", "as it is", f"  perplexity     {perplexity_text(right['perplexity'])}"]
     if right["agreed"]:
         lines += [f"  drafts kept    {kept(right)} a pass"]
         lines += [f"  as main model  {agreed(right)} of each depth's guesses in the text"]
@@ -227,10 +227,11 @@ def _bug_lines(bug: dict[str, Any], right: dict[str, Any]) -> Iterator[str]:
         return
     if bug["refused"]:
         yield "                 cut to that size it runs:"
-    yield f"  departs first  {departure(bug)}"
+    yield f"  departs first  {first_departure_text(bug)}"
     if not bug.get("departs_with_own_limits", True):
         yield "                 with the model's own limits nothing departs in this text"
-    yield f"  perplexity     {number(right['perplexity'])} -> {number(bug['perplexity'])}"
+    before, after = (perplexity_text(each["perplexity"]) for each in (right, bug))
+    yield f"  perplexity     {before} -> {after}"
     if right["agreed"]:
         yield f"  drafts kept    {kept(right)} -> {kept(bug)} a pass"
         yield f"  as main model  {agreed(right)} -> {agreed(bug)}"
@@ -248,7 +249,7 @@ def setting_text(setting: str) -> str:
     return f"limits an {TIGHTER}th of the model's" if setting == TIGHT else setting
 
 
-def departure(bug: dict[str, Any]) -> str:
+def first_departure_text(bug: dict[str, Any]) -> str:
     """The first tensor that departs, in words."""
     if bug["tensor"] is None:
         return "nowhere: every tensor is the same over the text"
@@ -261,7 +262,7 @@ def error(bug: dict[str, Any]) -> str:
     return "in its shape" if share is None else f"by {share:.{0 if share >= 0.1 else 1}%}"
 
 
-def number(x: float | None) -> str:
+def perplexity_text(x: float | None) -> str:
     """A perplexity."""
     return "not finite" if x is None else f"{x:,.2f}" if x < 1000 else f"{x:,.0f}"
 

@@ -39,15 +39,15 @@ def read_corpus(files: Sequence[Path] = ()) -> Corpus:
     Raises InputError as file_documents, python_documents and split do.
     """
     if files:
-        return split(file_documents(files))
-    train, held_out = split(python_documents())
+        return hold_out(file_documents(files))
+    train, held_out = hold_out(python_documents())
     topics = [document for document in train if document.name.startswith("topic/")]
     return Corpus(
         [*train, *(Document(each.name, unquoted(each.text)) for each in topics)], held_out
     )
 
 
-def split(documents: Sequence[Document]) -> Corpus:
+def hold_out(documents: Sequence[Document]) -> Corpus:
     """Hold out about one document in twenty, by a hash of its name and nothing else.
 
     So the same documents are held out whatever their order and whatever else there is. Where that

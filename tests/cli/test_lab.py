@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minstep.train.data import Document, split
+from minstep.train.data import Document, hold_out
 from tests.conftest import Refused, Run
 
 PROSE = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n" * 40
@@ -88,7 +88,7 @@ def test_without_text_the_held_out_part_of_pythons_documentation_is_read(
     documents = [Document(f"topic/{n}", f"{n}: {PROSE}") for n in range(30)]
     monkeypatch.setattr("minstep.train.data.python_documents", lambda: documents)
     ran = run("lab", "router", "--model", model, "--tokens", 10**6, "--json")
-    size = sum(len(each.text) + 2 for each in split(documents).held_out)  # a byte a token
+    size = sum(len(each.text) + 2 for each in hold_out(documents).held_out)  # a byte a token
     assert ran.code == 0 and json.loads(ran.out)["tokens"] == size - size % 512
 
 

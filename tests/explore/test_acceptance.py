@@ -30,7 +30,7 @@ from minstep.store.config_file import shipped_folder
 from minstep.tap import Array
 from minstep.text.continuation import Pass
 from minstep.text.tokenizer import load_tokenizer
-from minstep.train.data import encode_documents, split
+from minstep.train.data import encode_documents, hold_out
 from minstep.train.documents import Document
 
 TINY = minstep.load_config(minstep.find_config("tiny"))._replace(eos_token_ids=())
@@ -229,7 +229,7 @@ def test_the_shipped_models_drafts_are_kept_and_with_the_wrong_head_they_are_not
     weights, config = checkpoint.weights(None), checkpoint.config
     tokenizer = load_tokenizer(TRAINED)
     assert tokenizer
-    held_out = split(documents).held_out
+    held_out = hold_out(documents).held_out
     texts = [encode_documents([document], tokenizer)[:-1].tolist() for document in held_out]
     prompts = beginnings(texts, 24, 64, np.random.default_rng(0))
     right, wrong = (draft(prompts, weights, config, way, 48) for way in (AS_IT_IS, LM_HEAD))

@@ -23,7 +23,7 @@ from minstep.parity.trace import record
 from minstep.store.config_file import find_config, load_config, shipped_folder
 from minstep.tap import Array
 from minstep.text.tokenizer import load_tokenizer
-from minstep.train.data import encode_documents, split
+from minstep.train.data import encode_documents, hold_out
 from minstep.train.documents import Document
 
 CONFIG = load_config(find_config("tiny"))
@@ -169,7 +169,7 @@ def test_a_model_without_experts_is_an_input_error() -> None:
 def test_the_shipped_model_has_no_dead_experts(documents: list[Document]) -> None:
     checkpoint, tokenizer = minstep.open_checkpoint(TRAINED), load_tokenizer(TRAINED)
     assert tokenizer
-    stream = encode_documents(split(documents).held_out, tokenizer).tolist()
+    stream = encode_documents(hold_out(documents).held_out, tokenizer).tolist()
     windows = [stream[start : start + 512] for start in range(0, min(len(stream), 16384), 512)]
     chosen = routed(windows, checkpoint.weights(0), checkpoint.config)
     for spec in checkpoint.config.layers:

@@ -21,27 +21,27 @@ from minstep.train.data import (
     Document,
     encode_documents,
     file_documents,
+    hold_out,
     python_documents,
     read_corpus,
     sequences,
-    split,
     unquoted,
 )
 
 PROMPTED = ("with", "compound", "try", "for", "function", "if", "while", "class", "import")
 IN_A_NEW_PROCESS = """
 import hashlib, sys
-from minstep.train.data import python_documents, split
+from minstep.train.data import python_documents, hold_out
 documents = python_documents()
 unwanted = {"this", "antigravity", "readline", "tkinter", "_tkinter", "idlelib", "turtle"}
 assert not unwanted & {*sys.modules}, unwanted & {*sys.modules}
-print(hashlib.sha256(repr((documents, split(documents))).encode()).hexdigest())
+print(hashlib.sha256(repr((documents, hold_out(documents))).encode()).hexdigest())
 """
 
 
 @pytest.fixture(scope="module")
 def corpus(documents: list[Document]) -> Corpus:
-    return split(documents)
+    return hold_out(documents)
 
 
 def size(documents: list[Document]) -> int:
@@ -242,25 +242,25 @@ def test_little_else_is_taken_out_of_the_training_part(
 
 
 def test_the_name_alone_decides(documents: list[Document], corpus: Corpus) -> None:
-    backwards = split(documents[::-1])
+    backwards = hold_out(documents[::-1])
     assert backwards.held_out == corpus.held_out[::-1] and backwards.train == corpus.train[::-1]
     names = {document.name for document in corpus.held_out}
     other = [Document(document.name, f"Of {document.name}.") for document in documents[::2]]
-    assert {d.name for d in split(other).held_out} == {d.name for d in other} & names
+    assert {d.name for d in hold_out(other).held_out} == {d.name for d in other} & names
 
 
 def test_a_quotation_is_taken_out_whatever_its_layout_and_a_short_one_is_not() -> None:
     long, short = "It says so in forty characters or more, I see.", "It says so."
     quoting = f"Before.\n \n   It says so in\n   {long[14:]}\n\n{short}\n\nAfter."
     documents = [Document("topic/compound", quoting), Document("topic/pass", f"{short}\n\n{long}")]
-    corpus = split(documents)
+    corpus = hold_out(documents)
     assert corpus.held_out == documents[1:]
     assert corpus.train == [Document("topic/compound", f"Before.\n\n{short}\n\nAfter.")]
 
 
 def test_where_no_name_is_held_out_the_last_twentieth_is() -> None:
     documents = [Document("topic/with", lines(9, n)) for n in range(39)]
-    corpus = split([*documents, Document("topic/try", "a"), Document("topic/for", "b")])
+    corpus = hold_out([*documents, Document("topic/try", "a"), Document("topic/for", "b")])
     assert [document.name for document in corpus.held_out] == ["topic/try", "topic/for"]
     assert corpus.train == documents
 
@@ -269,7 +269,7 @@ def test_where_no_name_is_held_out_the_last_twentieth_is() -> None:
 def test_too_little_text_is_refused(texts: list[str]) -> None:
     documents = [Document(f"topic/{name}", text) for name, text in zip("ab", texts, strict=False)]
     with pytest.raises(InputError, match=f"in {len(texts)} sections, expected at least two"):
-        split(documents)
+        hold_out(documents)
 
 
 # Tokens and windows
