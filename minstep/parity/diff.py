@@ -21,7 +21,7 @@ from minstep.parity.compare import (
     describe,
     row_json,
 )
-from minstep.parity.engine_tensors import Recording, align, check_forms, check_model
+from minstep.parity.engine_tensors import Recording, align, check_forms
 from minstep.parity.facts import common_part
 from minstep.parity.names import mtp_layers
 from minstep.parity.router_ties import Choice, Choose, are_experts, choice, chooser
@@ -73,8 +73,8 @@ def diff(
     with values not finite, and as check_forms does.
     """
     if config is not None:
-        check_model(ours, config)
-        check_model(theirs, config)
+        _check_model(ours, config)
+        _check_model(theirs, config)
     check_forms((ours, theirs), config)
     ours, theirs, shared = common_part(ours, theirs, config)
     engines = {ours.engine_dtype, theirs.engine_dtype}
@@ -156,6 +156,20 @@ def layer_of(report: Report, config: Config) -> int:
     layer = split(name)[0]
     first_or_last = 0 if name == "model.embed_tokens" else len(config.layers) - 1
     return first_or_last if layer is None else layer
+
+
+def _check_model(recording: Recording, config: Config) -> None:
+    """Raise InputError where a recording has layers or widths that the config does not."""
+    count = len(config.layers) + len(config.mtp_layers)
+    for name in recording.names:
+        layer, part = split(name)
+        where = f"{recording.path}: tensor {shown(recording.source(name))}"
+        if layer is not None and layer >= count:
+            raise InputError(f"{where}: expected layers 0 to {count - 1}: it is of another model")
+        if part == "input_layernorm" and recording.shape(name)[-1:] != (config.hidden_size,):
+            found, D = list(recording.shape(name)), config.hidden_size
+            message = f"expected [positions, {D}]: it is of another model"
+            raise InputError(f"{where} has shape {found}, {message}")
 
 
 def _matching(names: Iterable[str], globs: Sequence[str]) -> list[str]:

@@ -259,20 +259,6 @@ def open_recording(path: Path) -> Recording:
     return Recording(path, stored, tokens, engine, mapped, header.metadata)
 
 
-def check_model(recording: Recording, config: Config) -> None:
-    """Raise InputError where a recording has layers or widths that the config does not."""
-    count = len(config.layers) + len(config.mtp_layers)
-    for name in recording.names:
-        layer, part = split(name)
-        where = f"{recording.path}: tensor {shown(recording.source(name))}"
-        if layer is not None and layer >= count:
-            raise InputError(f"{where}: expected layers 0 to {count - 1}: it is of another model")
-        if part == "input_layernorm" and recording.shape(name)[-1:] != (config.hidden_size,):
-            found, D = list(recording.shape(name)), config.hidden_size
-            message = f"expected [positions, {D}]: it is of another model"
-            raise InputError(f"{where} has shape {found}, {message}")
-
-
 def check_forms(
     recordings: Sequence[Recording],
     config: Config | None = None,
