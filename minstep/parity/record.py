@@ -396,6 +396,8 @@ def _pieces(tensor: Tensor) -> Iterator[bytes]:
         left = tensor.nbytes
         while left:
             piece = opened.read(min(PIECE, left))
+            if not piece:
+                raise InputError(f"{tensor.file}: was cut while it was read, expected it to stay")
             left -= len(piece)
             yield piece
 
