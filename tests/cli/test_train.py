@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from minstep.cli.main import main
 from minstep.train.run import STATE
 from minstep.train.trainer import Training
 from minstep.train.workers import WorkerEnded, Workers
 from tests.conftest import Refused, Run
 
 LINES = (f"Line {n} tells of the number {n * n}, which is {n} times {n}.\n\n" for n in range(400))
-SHAPE = ("--config", "tiny", "--length", "24", "--sequences", "2", "--log-every", "2")
+SHAPE = ("--config", "tiny", "--length", "24", "--sequences", "1", "--log-every", "2")
 FILES = ["config.json", "loads.svg", "log.txt", "loss.svg", "model.safetensors", "tokenizer.json"]
 
 
@@ -23,6 +24,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("".join(LINES))
     return file
+
+
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run that nothing interrupts leaves."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert main(flags(text, out)) == 0
+    return out
 
 
 def flags(text: Path, out: Path, *more: str, steps: int = 16) -> list[str]:
@@ -41,10 +50,9 @@ def test_a_run_leaves_a_checkpoint_that_generates(text: Path, tmp_path: Path, ru
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
-    text: Path, tmp_path: Path, run: Run, refused: Refused
+    text: Path, whole: Path, tmp_path: Path, run: Run, refused: Refused
 ) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run(*flags(text, whole)).code == 0
+    broken = tmp_path / "broken"
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         more = ("--resume",) if broken.exists() else ()
         command = [sys.executable, "-m", "minstep", *flags(text, broken, *more)]
@@ -56,8 +64,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as at a terminal
         )
         assert process.stdout
-        while not process.stdout.readline().split()[:1] == ["step"]:
-            pass
+        for line in process.stdout:
+            if line.split()[:1] == ["step"]:
+                break
         process.stdout.readline()  # a row: it is under way
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
@@ -99,9 +108,10 @@ def test_a_signal_that_ends_the_processes_too_saves_what_was_done(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
-def test_a_killed_run_goes_on_from_what_was_saved(text: Path, tmp_path: Path, run: Run) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run(*flags(text, whole)).code == 0
+def test_a_killed_run_goes_on_from_what_was_saved(
+    text: Path, whole: Path, tmp_path: Path, run: Run
+) -> None:
+    broken = tmp_path / "broken"
     command = [sys.executable, "-m", "minstep", *flags(text, broken, "--save-every", "3")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not (broken / STATE).exists():
