@@ -15,8 +15,10 @@ from docs.make.pages import (
     fill,
     has_held_out_text,
     question,
+    ran,
     title,
 )
+from minstep.train.documents import Document
 
 BOOK = chapters()
 WRITTEN = [path for path in BOOK if path.name != "13-footguns.md"]  # that one test_museum makes
@@ -29,17 +31,81 @@ def name(path: Path) -> str:
     return path.stem
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name)
-def test_every_block_is_what_its_marker_makes(
-    path: Path, read_once: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
+def compare_blocks(path: Path) -> None:
+    """Fail at the first block of a page that is not what its marker makes."""
     written, made = path.read_text(encoding="utf-8"), fill(path)
     for old, new in zip(BLOCK.finditer(written), BLOCK.finditer(made), strict=True):
         assert old[0] == new[0], "python -m docs.make.pages writes it"
     assert written == made
-    if "<!-- run-held-out " in written and not has_held_out_text():
-        pytest.skip("all but its held-out text is compared: this Python documents itself otherwise")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_every_block_is_what_its_marker_makes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but those of held-out text, which take long: the next two tests are theirs."""
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr("docs.make.pages.has_held_out_text", lambda: False)
+    compare_blocks(path)
+
+
+HELD_OUT = [path for path in PAGES if "<!-- run-held-out " in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("path", HELD_OUT, ids=name)
+def test_every_block_of_held_out_text_is_what_its_marker_makes(
+    path: Path, read_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_held_out_text():
+        pytest.skip("this Python documents itself otherwise")
+    monkeypatch.setenv("COLUMNS", "100")
+    compare_blocks(path)
+
+
+FEWER = {
+    "mtp": "--prompts 2 --max-tokens 5 --tokens 64",
+    "router": "--tokens 512 --dtype float64 | head 8",
+    "bits": "",
+}
+
+
+@pytest.fixture
+def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of Python's documentation, which takes seconds to read."""
+    text = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n" * 12
+    names = [f"{kind}/{n}" for kind in ("topic", "module") for n in range(70)]
+    few = [Document(name, f"{name}: {text}") for name in names]
+    monkeypatch.setattr("minstep.train.data.python_documents", lambda: few)
+
+
+def held_out_block(lab: str) -> str:
+    (block,) = (
+        block[0]
+        for path in HELD_OUT
+        for block in BLOCK.finditer(path.read_text(encoding="utf-8"))
+        if block[1] == "run-held-out" and block[2].startswith(f"minstep lab {lab}")
+    )
+    return block
+
+
+@pytest.mark.parametrize("lab", FEWER)
+def test_a_block_of_held_out_text_has_the_words_that_a_smaller_run_prints(
+    lab: str, little_text: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def words(block: str) -> list[list[str]]:
+        lines = block[block.index("$ minstep") :].splitlines()[1:]
+        printed = lines[: lines.index("```")]
+        return sorted(re.sub(r"[\d.,%-]+", "", line).split() for line in printed)
+
+    monkeypatch.setenv("COLUMNS", "100")
+    assert words(held_out_block(lab)) == words(ran(f"minstep lab {lab} {FEWER[lab]}"))
+
+
+def test_the_log_of_the_training_has_the_bits_a_byte_of_the_page() -> None:
+    block = held_out_block("bits")
+    log = (TOP / "tiny_configs" / "trained" / "log.txt").read_text(encoding="utf-8")
+    size = re.findall(r"held out ([\d,]+) bytes", log)[0]
+    assert f"bits a byte of {size} bytes held out" in block
+    assert float(re.findall(r"this model +([\d.]+)", block)[0]) == float(log.split()[-1])
 
 
 @pytest.mark.parametrize("path", WRITTEN, ids=name)

@@ -32,6 +32,7 @@ from minstep.text.continuation import Pass
 from minstep.text.tokenizer import load_tokenizer
 from minstep.train.data import encode_documents, hold_out
 from minstep.train.documents import Document
+from tests.support.tiers import cases
 
 TINY = minstep.load_config(minstep.find_config("tiny"))._replace(eos_token_ids=())
 WEIGHTS = minstep.random_weights(TINY, np.random.default_rng(0))
@@ -222,7 +223,9 @@ def test_continuations_that_end_at_once_are_an_input_error() -> None:
 
 
 @pytest.mark.skipif(not any(TRAINED.glob("*.safetensors")), reason="no trained model is shipped")
+@pytest.mark.parametrize("count", cases([4], [24]))
 def test_the_shipped_models_drafts_are_kept_and_with_the_wrong_head_they_are_not(
+    count: int,
     documents: list[Document],
 ) -> None:
     checkpoint = minstep.open_checkpoint(TRAINED)
@@ -231,7 +234,7 @@ def test_the_shipped_models_drafts_are_kept_and_with_the_wrong_head_they_are_not
     assert tokenizer
     held_out = hold_out(documents).held_out
     texts = [encode_documents([document], tokenizer)[:-1].tolist() for document in held_out]
-    prompts = beginnings(texts, 24, 64, np.random.default_rng(0))
+    prompts = beginnings(texts, count, 64, np.random.default_rng(0))
     right, wrong = (draft(prompts, weights, config, way, 48) for way in (AS_IT_IS, LM_HEAD))
     assert right.texts == wrong.texts
     assert worth(right)["mean_accepted"] >= 1.0

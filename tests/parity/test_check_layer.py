@@ -30,6 +30,7 @@ from minstep.parity.trace import Recorder, Trace
 from minstep.parity.variants import variant
 from tests.conftest import GOLDEN, Ran, Refused, Run
 from tests.support.recordings import as_transformers, as_vllm, rounded, save
+from tests.support.tiers import cases
 
 MODELS = ("tiny", "odd", "no_extras", "drafts")
 L = "model.layers."
@@ -276,18 +277,22 @@ FIRST = {  # the layer checked and its first departing tensor, for each way to h
     "MTP depth fed the token before": ["10.eh_proj"],
 }
 WAYS = [
-    pytest.param(footgun, where, id=f"{footgun.bug}-{where}")
+    (footgun, where)
     for bug, places in FIRST.items()
     for footgun, where in zip([f for f in ALL if f.bug == bug], places, strict=True)
 ]
+ROUNDED = [(*way, "bfloat16") for way in WAYS]
 
 
 def test_every_footgun_has_a_place_where_it_shows_first() -> None:
     assert {footgun.bug for footgun in ALL} == set(FIRST)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("footgun", "where"), WAYS)
+@pytest.mark.parametrize(
+    ("footgun", "where", "dtype"),
+    cases([(*way, "float32") for way in WAYS] + ROUNDED[::6], ROUNDED),
+    ids=lambda x: getattr(x, "bug", x),
+)
 def test_a_bug_is_found_at_its_first_tensor_and_named(
     footgun: Footgun, where: str, dtype: str, check: Check
 ) -> None:

@@ -22,6 +22,7 @@ from minstep.text.continuation import Pass
 from tests.conftest import Ran, Refused, Run
 from tests.model.test_golden import GOLDEN, WEIGHTS, meta
 from tests.support.recordings import as_transformers, as_vllm, layers_of, rounded, save
+from tests.support.tiers import cases
 
 FOLDER = GOLDEN / "tiny" / "bf16"
 CONFIG = minstep.load_config(FOLDER)
@@ -66,6 +67,11 @@ def files(tmp_path: Path, trace: Trace) -> tuple[Path, Path]:
     return ours, tmp_path / "theirs.safetensors"
 
 
+# A form, and of how many tensors one is changed.
+EVERY = [(form, 1 if form in ("transformers", "vllm") else 4) for form in FORMS]
+FEWER = [(form, 5 * every) for form, every in EVERY]
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_same_numbers_match_in_any_form(
     form: str, files: tuple[Path, Path], trace: Trace, run: Run
@@ -81,14 +87,13 @@ def test_the_same_numbers_match_in_any_form(
     assert run("diff", theirs, ours).code == 0
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "every"), cases(FEWER, EVERY))
 def test_a_changed_element_of_any_tensor_is_found_at_its_name_and_index(
-    form: str, trace: Trace
+    form: str, every: int, trace: Trace
 ) -> None:
     rng, ours = np.random.default_rng(0), Recording("ours", trace, TOKENS)
     report = diff(ours, Recording("theirs", written_as(form, trace)))
     tolerance, common = report.tolerance, {c.name for c in report.rows}
-    every = 1 if form in ("transformers", "vllm") else 4
     for name in list(trace)[FORMS.index(form) % every :: every]:
         x = trace[name]
         if name not in common or name.endswith((".moe.ids", ".moe.margin")):
