@@ -1,5 +1,7 @@
 """What several tests share: the command line as a function, and a checkpoint to spoil."""
 
+import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from minstep.cli.main import main
+from minstep.store.output import atomic_file
 from minstep.train.documents import Document, python_documents
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -33,9 +36,15 @@ Refused = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
-def documents() -> list[Document]:
-    """The documentation inside Python, which takes seconds to read."""
-    return python_documents()
+def documents(tmp_path_factory: pytest.TempPathFactory) -> list[Document]:
+    """The documentation inside Python: it takes seconds to read, and workers share it."""
+    folder = tmp_path_factory.getbasetemp()
+    file = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "documents"
+    if not file.exists():
+        with atomic_file(file) as temporary:
+            temporary.write_bytes(pickle.dumps(python_documents()))
+    found: list[Document] = pickle.loads(file.read_bytes())
+    return found
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ CASES: dict[str, Case] = {
 ROUNDS, FEWER = 5, 2  # of blocks; of the quick form
 
 
-def add_bench(command: Callable[..., Any]) -> None:
+def add_commands(command: Callable[..., Any]) -> None:
     """Add it to the parser; `command` adds one: name, what runs it, help, example."""
     text, example = (
         "time decoding and layers beside torch and memory",

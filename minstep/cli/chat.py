@@ -36,7 +36,7 @@ A line that begins with a space is sent as it is, even with a / next.
 A tool's result is a line such as <tool_response>RESULT</tool_response>."""
 
 
-def add_chat(command: Callable[..., Any]) -> None:
+def add_commands(command: Callable[..., Any]) -> None:
     """Add it to the parser; `command` adds one: name, what runs it, help, example."""
     example = '--system "Answer briefly" --hide-thinking'
     add = command("chat", run_chat, "talk with the model", example)

@@ -16,7 +16,7 @@ from minstep.store.config_file import find_config, load_config
 from minstep.store.output import write_text
 
 
-def add_cost(command: Callable[..., Any]) -> None:
+def add_commands(command: Callable[..., Any]) -> None:
     """Add it to the parser."""
     text = "parameters, FLOPs, bytes, speed and price of a token"
     add = command("cost", run_cost, text, "--context 131072 --hardware h200 --gpus 8")

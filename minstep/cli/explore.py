@@ -58,7 +58,14 @@ WINDOW = 512  # tokens read at once, as long as the model has positions for them
 WALKED = "The with statement"  # the prompt of a walk where none is given
 
 
-def add_walk(command: Callable[..., Any]) -> None:
+def add_commands(command: Callable[..., Any]) -> None:
+    """Add `walk`, `view` and `lab`; `command` adds one: name, what runs it, help, example."""
+    _add_walk(command)
+    _add_view(command)
+    _add_labs(command)
+
+
+def _add_walk(command: Callable[..., Any]) -> None:
     """Add `walk` to the parser."""
     text, example = "follow one token through the model, step by step", "--layer 4"
     add = command("walk", run_walk, text, example)
@@ -97,7 +104,7 @@ def run_walk(args: Namespace) -> None:
     print_json(report) if args.json else print_text(walk_text(report))
 
 
-def add_view(command: Callable[..., Any]) -> None:
+def _add_view(command: Callable[..., Any]) -> None:
     """Add `view` to the parser."""
     text, example = "show a trace as one HTML page", "trace.safetensors --out page.html"
     add = command("view", run_view, text, example)
@@ -124,7 +131,7 @@ def run_view(args: Namespace) -> None:
     wrote(args.out, ": open it in a browser")
 
 
-def add_labs(command: Callable[..., Any]) -> None:
+def _add_labs(command: Callable[..., Any]) -> None:
     """Add `lab` and its own commands to the parser."""
     text = "watch what a trained model's drafts and experts do"
     labs = command("lab", run_lab_mtp, text, "mtp").add_subparsers(required=True, metavar="LAB")

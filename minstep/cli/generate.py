@@ -189,7 +189,7 @@ def drafts_wanted(args: Namespace) -> int | None:
     return drafts
 
 
-def add_generate(command: Callable[..., Any]) -> None:
+def add_commands(command: Callable[..., Any]) -> None:
     """Add it to the parser; `command` adds one: name, what runs it, help, example."""
     example = '--prompt "Once" --max-tokens 20'
     add = command("generate", run_generate, "continue a prompt", example)

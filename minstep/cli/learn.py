@@ -32,7 +32,13 @@ from minstep.learn.museum import (
 from minstep.store.output import atomic_folder
 
 
-def add_exercise(command: Callable[..., Any]) -> None:
+def add_commands(command: Callable[..., Any]) -> None:
+    """Add `exercise` and `footgun`; `command` adds one: name, what runs it, help, example."""
+    _add_exercise(command)
+    _add_footgun(command)
+
+
+def _add_exercise(command: Callable[..., Any]) -> None:
     """Add `exercise` to the parser."""
     text = "a chapter's code with functions left out, and tests to turn green"
     add = command("exercise", run_exercise, text, "4 --out ch04")
@@ -103,7 +109,7 @@ def run_run(args: Namespace) -> None:
     print_json(report) if args.json else print_text(report_text(report))
 
 
-def add_footgun(command: Callable[..., Any]) -> None:
+def _add_footgun(command: Callable[..., Any]) -> None:
     """Add `footgun` and its own commands to the parser."""
     text = "known bugs of ports: the changed line, and what it does"
     commands = command("footgun", run_list, text, "list").add_subparsers(

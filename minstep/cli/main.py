@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,20 +18,30 @@ import numpy as np
 
 from minstep import __version__
 from minstep.cli.arguments import add_command
-from minstep.cli.bench import add_bench
-from minstep.cli.chat import add_chat
-from minstep.cli.cost import add_cost
-from minstep.cli.explore import add_labs, add_view, add_walk
-from minstep.cli.generate import add_generate
-from minstep.cli.learn import add_exercise, add_footgun
-from minstep.cli.parity import add_parity_commands
-from minstep.cli.store import add_store_commands
 from minstep.cli.terminal import note
-from minstep.cli.train import add_train
 from minstep.errors import LONGEST_MESSAGE, InputError, shown
 from minstep.store.files import os_reason
 from minstep.store.output import check_output
 
+# The file of cli/ that has a command, which is imported when the command is asked for.
+FAMILIES = {
+    "generate": "generate",
+    "chat": "chat",
+    "train": "train",
+    "trace": "parity",
+    "record": "parity",
+    "make-tiny": "store",
+    "inspect": "store",
+    "check-layer": "parity",
+    "diff": "parity",
+    "bench": "bench",
+    "cost": "cost",
+    "lab": "explore",
+    "footgun": "learn",
+    "view": "explore",
+    "exercise": "learn",
+    "walk": "explore",
+}
 GROUPS = {  # of commands, as the help lists them
     "run": "generate chat",
     "look inside": "walk trace view inspect lab bench cost",
@@ -54,7 +65,7 @@ class _Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Of a wrong command say the nearest one; of another wrong choice what argparse says."""
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
-            known = ", ".join(action.choices)
+            known = ", ".join(sorted(action.choices, key=[*FAMILIES, *action.choices].index))
             meant = _meant(value, action.choices) or f", expected one of {known}"
             self.error(f"{value}: no such command{meant}")
         super()._check_value(action, value)
@@ -92,7 +103,8 @@ def _run(argv: list[str] | None) -> int:
     """Parse the arguments, run their command, and turn what it raises into one line and a code."""
     try:
         try:
-            args = _parser().parse_args(argv)
+            argv = sys.argv[1:] if argv is None else argv
+            args = _parser(argv[0] if argv else "").parse_args(argv)
             if sys.stdout is None:
                 raise InputError("stdout is closed, expected somewhere to write to")
             check_output(getattr(args, "out", None), _inputs(args))
@@ -173,7 +185,8 @@ def _signals() -> Iterator[None]:
             signal.signal(each, handler)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(first: str = "") -> argparse.ArgumentParser:
+    """The parser of all commands, or of those in one file with the command `first`."""
     parser = _Parser(
         prog="minstep",
         usage="minstep [-h] [--version] COMMAND ...",
@@ -190,19 +203,11 @@ def _parser() -> argparse.ArgumentParser:
         texts[name] = text
         return add_command(listed, name, run, text, f"{name} {example}")
 
-    add_generate(command)
-    add_chat(command)
-    add_train(command)
-    add_store_commands(command)
-    add_parity_commands(command)
-    add_bench(command)
-    add_cost(command)
-    add_labs(command)
-    add_footgun(command)
-    add_view(command)
-    add_exercise(command)
-    add_walk(command)
-    parser.description = _listing(texts)
+    families = [FAMILIES[first]] if first in FAMILIES else dict.fromkeys(FAMILIES.values())
+    for family in families if first != "--version" else ():
+        import_module(f"minstep.cli.{family}").add_commands(command)
+    if len(texts) == len(FAMILIES):
+        parser.description = _listing(texts)
     return parser
 
 

@@ -45,7 +45,7 @@ from minstep.text.tokenizer import load_tokenizer, piece
 from minstep.validation import check_prompt
 
 
-def add_parity_commands(command: Callable[..., Any]) -> None:
+def add_commands(command: Callable[..., Any]) -> None:
     """Add them all; `command` adds one: name, what runs it, help, example."""
     _add_recording(command)
     _add_comparing(command)

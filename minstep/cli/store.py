@@ -26,7 +26,7 @@ from minstep.store.shards import (
 from minstep.weights import tensor_shapes
 
 
-def add_store_commands(command: Callable[..., Any]) -> None:
+def add_commands(command: Callable[..., Any]) -> None:
     """Add inspect and make-tiny; `command` adds one: name, what runs it, help, example."""
     text = "show layers, shapes, bytes, parameters"
     add = command("inspect", run_inspect, text, "step-3.5-flash")

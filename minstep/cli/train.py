@@ -24,7 +24,7 @@ DEFAULT = Plan()
 FILES = "what to train on (the documentation inside this Python)"
 
 
-def add_train(command: Callable[..., Any]) -> None:
+def add_commands(command: Callable[..., Any]) -> None:
     """Add it to the parser; `command` adds one: name, what runs it, help, example."""
     text, example = "train a model from scratch", "--out my-model --text notes/*.txt"
     add = command("train", run_train, text, example)

@@ -34,12 +34,19 @@ from minstep.parity.variants import Find, copies, is_plantable, planted, source
 from tests.conftest import Refused, Run
 
 
-def marked(number: int, *values: Any, of: str) -> Any:
-    return pytest.param(number, *values, marks=getattr(pytest.mark, mark(number)), id=of)
+def marked(number: int, *values: Any, of: str, is_thorough: bool = False) -> Any:
+    marks = [getattr(pytest.mark, mark(number)), *([pytest.mark.thorough] if is_thorough else [])]
+    return pytest.param(number, *values, marks=marks, id=of)
 
 
+# Whole models are run with the source of a few exercises only: they compute the same with all.
 SCENES = [
-    marked(number, scene, of=f"{number}-{scene.__name__}")
+    marked(
+        number,
+        scene,
+        of=f"{number}-{scene.__name__}",
+        is_thorough=scene in WHOLE and number not in (6, 9),
+    )
     for number, exercise in EXERCISES.items()
     for scene in exercise.scenes
 ]

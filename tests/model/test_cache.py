@@ -1,12 +1,14 @@
 """Caches: what they return, what they hold, rolling back, and the bytes of it."""
 
 from importlib import import_module
+from itertools import product
 
 import numpy as np
 import pytest
 
 import minstep
 from minstep.cache import FullCache, WindowCache, new_caches
+from tests.support.tiers import cases
 
 G, K = 2, 3
 POSITION = 2 * G * K * 8  # bytes of one position's keys and values in float64
@@ -71,9 +73,10 @@ def test_a_window_cache_returns_at_least_what_the_window_sees(
         first += count
 
 
-@pytest.mark.parametrize("window", [1, 2, 8])
-@pytest.mark.parametrize("slack", [0, 1, 3])
-@pytest.mark.parametrize("longest", [1, 4, 7])
+@pytest.mark.parametrize(
+    ("window", "slack", "longest"),
+    cases([(1, 3, 1), (2, 1, 7), (8, 0, 4), (8, 3, 7)], product([1, 2, 8], [0, 1, 3], [1, 4, 7])),
+)
 def test_a_window_cache_never_has_more_bytes_than_the_formula(
     window: int, slack: int, longest: int
 ) -> None:

@@ -351,6 +351,7 @@ def test_a_bug_that_no_golden_shows_fails_a_property(
         check()
 
 
+@pytest.mark.thorough  # the tests of these properties run in each tier
 @pytest.mark.parametrize("check", {check: 0 for check, _ in PROPERTIES})
 def test_without_a_bug_every_property_holds(check: Callable[[], None]) -> None:
     check()
