@@ -54,8 +54,19 @@ def read_once(documents: list[Document], monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """`minstep ARGUMENTS` in this process."""
+def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of Python's documentation, which takes seconds to read."""
+    text = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n" * 12
+    names = [f"{kind}/{n}" for kind in ("topic", "module") for n in range(70)]
+    few = [Document(name, f"{name}: {text}") for name in names]
+    monkeypatch.setattr("minstep.train.data.python_documents", lambda: few)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`minstep ARGUMENTS` in this process; bench does not look at the machine, which takes long."""
+    monkeypatch.setattr("minstep.cli.bench.idle_share", lambda: 1.0)
+    monkeypatch.setattr("minstep.cli.bench.memory_rates", lambda: (1e10, 2e10))
 
     def runs(*arguments: object) -> Ran:
         capsys.readouterr()

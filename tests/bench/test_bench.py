@@ -227,7 +227,7 @@ def test_the_cost_over_the_context_is_a_curve(small: None, run: Run, tmp_path: P
 
 
 def test_drafts_are_timed_beside_one_draft_and_none(
-    small: None, read_once: None, run: Run, monkeypatch: pytest.MonkeyPatch
+    small: None, little_text: None, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("minstep.bench.decoding.NEW", 4)
     monkeypatch.setattr("minstep.cli.bench.FEWER", 1)

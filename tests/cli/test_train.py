@@ -34,7 +34,7 @@ def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def flags(text: Path, out: Path, *more: str, steps: int = 16) -> list[str]:
+def flags(text: Path, out: Path, *more: str, steps: int = 10) -> list[str]:
     own = ["--text", str(text), "--out", str(out), "--steps", str(steps), "--processes", "1"]
     return ["train", *SHAPE, *own, *more]
 

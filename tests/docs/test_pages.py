@@ -18,7 +18,6 @@ from docs.make.pages import (
     ran,
     title,
 )
-from minstep.train.documents import Document
 
 BOOK = chapters()
 WRITTEN = [path for path in BOOK if path.name != "13-footguns.md"]  # that one test_museum makes
@@ -66,15 +65,6 @@ FEWER = {
     "router": "--tokens 512 --dtype float64 | head 8",
     "bits": "",
 }
-
-
-@pytest.fixture
-def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of Python's documentation, which takes seconds to read."""
-    text = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n" * 12
-    names = [f"{kind}/{n}" for kind in ("topic", "module") for n in range(70)]
-    few = [Document(name, f"{name}: {text}") for name in names]
-    monkeypatch.setattr("minstep.train.data.python_documents", lambda: few)
 
 
 def held_out_block(lab: str) -> str:
