@@ -816,7 +816,7 @@ READING = {  # commands that only read
 def test_what_is_no_path_is_refused_in_one_line(command: str, inputs: Path, run: Run) -> None:
     arguments = (FILE_OUT | FOLDER_OUT | READING)[command]
     for word in {*arguments.split()} & {"MODEL/", "MODEL/config.json", "RECORDING", "TEXT", "OUT"}:
-        for bad in ("a\0b", "\ud800", "x" * 5000, "x/" * 3000, "text.svg/x"):
+        for bad in ("a\0b", "\ud800", "x" * 5000, "text.svg/x"):
             given = filled(arguments.replace(word, "BAD"), inputs, inputs / "out.svg")
             ran = run(*command.split(), *(bad if each == "BAD" else each for each in given))
             assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1), (bad, ran)

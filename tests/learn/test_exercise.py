@@ -32,6 +32,7 @@ from minstep.parity.decoding_bugs import UNSEEN
 from minstep.parity.known_bugs import FOOTGUNS, Footgun
 from minstep.parity.variants import Find, copies, is_plantable, planted, source
 from tests.conftest import Refused, Run
+from tests.support.tiers import cases
 
 
 def marked(number: int, *values: Any, of: str, is_thorough: bool = False) -> Any:
@@ -346,7 +347,7 @@ def pytest_in(folder: Path, number: int) -> tuple[int, str]:
     return ran.returncode, ran.stdout
 
 
-@pytest.mark.parametrize("number", [12, PLANT])
+@pytest.mark.parametrize("number", cases([PLANT], [12]))
 def test_a_folder_is_red_at_first_and_green_with_the_source(
     number: int, tmp_path: Path, run: Run
 ) -> None:

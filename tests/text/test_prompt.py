@@ -10,6 +10,7 @@ from minstep.errors import InputError
 from minstep.text.prompt import BOS, render
 from minstep.text.reply import ChatStream, Event, Message, parse
 from minstep.text.tool_calls import ToolCall, typed
+from tests.support.tiers import cases
 
 USER = {"role": "user", "content": "Hi"}
 ASKED = f"{BOS}<|im_start|>user\nHi<|im_end|>\n"
@@ -525,11 +526,14 @@ PIECES += [" ", "\n", "\n", "\n\n", "</think>\n", value("1")[:60], *[value("1"),
 PIECES += ["<tool_call>\n<function=f>\n", "\n</parameter>\n", "\n</function>\n</tool_call>"]
 
 
+@pytest.mark.parametrize("count", cases([500], [5000]))
 @pytest.mark.parametrize("longest", [1, 3, 40], ids=["characters", "tokens", "drafts"])
-def test_however_the_text_is_cut_the_events_join_to_the_same_message(longest: int) -> None:
+def test_however_the_text_is_cut_the_events_join_to_the_same_message(
+    longest: int, count: int
+) -> None:
     rng = random.Random(longest)
     calls = 0
-    for _ in range(1500):
+    for _ in range(count):
         pieces = rng.choices(PIECES, k=rng.randrange(12))
         text = "".join(pieces)
         whole = parse(text, SCHEMA_TOOLS)
@@ -544,7 +548,7 @@ def test_however_the_text_is_cut_the_events_join_to_the_same_message(longest: in
         kept = "".join([whole.thinking, whole.content, *map(repr, whole.tool_calls)])
         assert kept.count("word") == text.count("word"), text
         calls += len(whole.tool_calls)
-    assert calls > 200
+    assert calls > count // 10
 
 
 def test_text_is_given_out_at_once_unless_it_may_begin_a_tag() -> None:

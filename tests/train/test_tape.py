@@ -177,7 +177,7 @@ def differs(
         assert error <= TOLERANCE, f"argument {n}, way {number}: {got} is not {slope} ({error:.1e})"
 
 
-@pytest.mark.parametrize("name", cases(["drafts", "no_extras"], ["tiny", "odd"]))
+@pytest.mark.parametrize("name", cases(["drafts"], ["tiny", "odd", "no_extras"]))
 def test_every_tensor_of_a_model_has_the_gradient_of_differences(name: str) -> None:
     its, base = model(name), Keep()
     tensors = [x.copy() for x in its.tensors.values()]
