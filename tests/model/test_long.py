@@ -10,6 +10,7 @@ import pytest
 
 from minstep import find_config, load_config
 from tests.conftest import Run
+from tests.support.processes import forked_small
 
 
 def long_run(checkpoint: Path, count: int) -> dict[str, object]:
@@ -18,7 +19,9 @@ def long_run(checkpoint: Path, count: int) -> dict[str, object]:
     command = [sys.executable, "-m", "minstep", "generate", "--model", str(checkpoint)]
     command += ["--tokens", "-", "--max-tokens", "8", "--ignore-eos", "--json"]
     text = ",".join(map(str, tokens))
-    ran = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        forked_small(command), input=text, capture_output=True, text=True, check=True
+    )
     result = json.loads(ran.stdout)
     assert len(result["tokens"]) == 8 and len(result["prompt_tokens"]) == count
     stats: dict[str, object] = result["stats"]

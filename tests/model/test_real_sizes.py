@@ -15,6 +15,7 @@ from minstep import open_checkpoint
 from minstep.activations import silu
 from minstep.linear import as_float
 from minstep.weights import block_weights
+from tests.support.processes import forked_small
 
 pytestmark = pytest.mark.thorough
 
@@ -40,7 +41,7 @@ class Ran(NamedTuple):
 def minstep(*arguments: object) -> Ran:
     started = time.perf_counter()
     argv = [sys.executable, "-c", RUN, *map(str, arguments)]
-    done = subprocess.run(argv, capture_output=True, text=True)
+    done = subprocess.run(forked_small(argv), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     megabytes = int(done.stderr.split()[-1])
     return Ran(done.stdout, time.perf_counter() - started, megabytes)
