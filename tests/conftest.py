@@ -1,5 +1,6 @@
 """What several tests share: the command line as a function, and a checkpoint to spoil."""
 
+import gc
 import os
 import pickle
 import re
@@ -105,3 +106,9 @@ def single(tmp_path: Path) -> Path:
 def sharded(tmp_path: Path) -> Path:
     """A copy of a two-shard bfloat16 checkpoint, one shard's name without "-of-"."""
     return shutil.copytree(GOLDEN / "odd" / "bf16", tmp_path / "sharded")
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests stay until the end: the garbage collector need not look at them again."""
+    gc.collect()
+    gc.freeze()
