@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from docs.make.house import imported
+
 TOP = Path(__file__).parent.parent
 PACKAGE = TOP / "minstep"
 # An import may only reach a folder further left. The model's own files and fast/ are one place.
@@ -19,7 +21,7 @@ def module(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
-MODULES = {module(path) for path in FILES}
+MODULES = {f"minstep.{module(path)}" for path in FILES}
 
 
 def folder(name: str) -> str:
@@ -29,20 +31,16 @@ def folder(name: str) -> str:
 
 def imports(path: Path) -> set[str]:
     """The modules of the package that a file imports, wherever in it the import stands."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "minstep":
-            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module or ""]
-            found |= {name.removeprefix("minstep.") for name in names} & MODULES
-    return found
+    found = imported(ast.parse(path.read_text(encoding="utf-8")), MODULES)
+    return {name.removeprefix("minstep.") for name in found}
 
 
 @pytest.mark.parametrize("path", FILES, ids=module)
 def test_imports_only_reach_folders_on_the_left(path: Path) -> None:
     if path.name == "__main__.py":
         return
-    for imported in imports(path):
-        assert ORDER.index(folder(imported)) <= ORDER.index(folder(module(path))), imported
+    for name in imports(path):
+        assert ORDER.index(folder(name)) <= ORDER.index(folder(module(path))), name
 
 
 def test_no_imports_run_in_a_circle() -> None:

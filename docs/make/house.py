@@ -13,6 +13,7 @@ import io
 import subprocess
 import sys
 import tarfile
+from collections.abc import Collection
 from pathlib import Path
 
 TOP = Path(__file__).parents[2]
@@ -35,19 +36,24 @@ def revision(name: str) -> Tree:
         return {path: file.read().decode() for path, file in files.items() if file}
 
 
+def imported(module: ast.Module, known: Collection[str]) -> set[str]:
+    """Which of the `known` modules, by dotted name, a module imports, wherever in it."""
+    found = set[str]()
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in known else node.module for name in names}
+    return found & {*known}
+
+
 def closure(modules: dict[str, ast.Module], first: str) -> set[str]:
     """The modules, by dotted name, that come along with `first`; itself included."""
-    found, ahead = set[str](), [first]
+    found, ahead = set[str](), {first} & modules.keys()
     while ahead:
-        if (name := ahead.pop()) not in modules or name in found:
-            continue
-        found.add(name)
-        for node in ast.walk(modules[name]):
-            if isinstance(node, ast.Import):
-                ahead += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
-                ahead += [name if name in modules else node.module for name in names]
+        found |= ahead
+        ahead = set().union(*(imported(modules[name], modules) for name in ahead)) - found
     return found
 
 
